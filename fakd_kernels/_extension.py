@@ -1,0 +1,45 @@
+"""Loads the compiled libraries if they were built; otherwise holds the reason they are absent.
+
+Two libraries, both on LibTorch's stable ABI: `_C_cpu` (any torch) and `_C_cuda` (only where torch
+itself has CUDA). They register raw private operators under `torch.ops.fakd_ext`.
+"""
+
+import functools
+from pathlib import Path
+
+import torch
+
+_REMEDY = "reinstall with a C++17 compiler (g++ or clang++) to build it"
+
+
+def _load(stem: str) -> str | None:
+    """Load one library; None on success, else the reason in words."""
+    found = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
+    if not found:
+        return f"the compiled library {stem} was not built; {_REMEDY}"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"the compiled library {found[0].name} cannot be loaded ({error}); {_REMEDY}"
+    return None
+
+
+@functools.cache
+def cpu_absent() -> str | None:
+    """Why the C++ kernels cannot run in this process, or None."""
+    return _load("_C_cpu")
+
+
+@functools.cache
+def cuda_absent() -> str | None:
+    """Why the CUDA kernels cannot run in this process, or None."""
+    if torch.version.cuda is None:
+        return "this torch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return _load("_C_cuda")
+
+
+def cpu_isa() -> str:
+    """The instruction set the C++ kernels run on: avx512, avx2, neon or baseline."""
+    return torch.ops.fakd_ext.isa()

@@ -1,0 +1,7 @@
+"""placeholder"""
+
+from .problem import Problem
+
+
+def fill(problem: Problem) -> None:
+    raise RuntimeError
