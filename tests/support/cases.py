@@ -34,7 +34,7 @@ CASES = (
     FeatureCase("bias", "projection with bias", ((41, 24, 72),), bias=True),
     FeatureCase("ragged", "pairs differ in every size", ((17, 8, 40), (64, 32, 24), (5, 12, 12))),
     FeatureCase(
-        "shared", "one projection and bias for three pairs", ((31, 16, 48),) * 3, "shared", True
+        "shared", "one projection and bias for three pairs", ((67, 16, 48),) * 3, "shared", True
     ),
     FeatureCase("same-width", "no projection", ((50, 72, 72),), "none"),
     FeatureCase("same-width-many", "many pairs in one launch", ((19, 33, 33), (64, 96, 96)), "none"),
@@ -48,8 +48,8 @@ CASES = (
     FeatureCase("near-3", "|p - t| / |t| = 1e-3", ((64, 24, 96),), fill="near-3"),
     FeatureCase("near-3-same", "likewise, no projection", ((64, 96, 96),), "none", fill="near-3"),
     FeatureCase("equal", "student = teacher", ((32, 48, 48),), "none", fill="equal"),
-    FeatureCase("zeros", "zero rows: the norms are clamped", ((16, 24, 40),), fill="zeros"),
-    FeatureCase("zeros-same", "likewise, no projection", ((16, 40, 40),), "none", fill="zeros"),
+    FeatureCase("zeros", "zero rows: the norms are clamped", ((64, 24, 40),), fill="zeros"),
+    FeatureCase("zeros-same", "likewise, no projection", ((64, 40, 40),), "none", fill="zeros"),
     FeatureCase("huge", "1e4 times larger", ((24, 20, 56),), fill="huge"),
     FeatureCase("tiny", "1e-4 times smaller", ((24, 20, 56),), fill="tiny"),
     FeatureCase("strided", "rows apart in memory", ((30, 24, 56),), layout="strided"),
@@ -60,7 +60,7 @@ CASES = (
     ),
     FeatureCase("normalizer", "a caller's own divisor", options={"normalizer": 1234.5}),
     FeatureCase("cosine-only", "a weight of zero", options={"euclidean_weight": 0.0}),
-    FeatureCase("wide-row", "more columns than a tile", ((7, 40, 1536),)),
+    FeatureCase("wide-row", "more columns than a tile", ((33, 40, 1536),)),
     FeatureCase("wide-row-same", "likewise, no projection", ((7, 5003, 5003),), "none"),
 )  # fmt: skip
 CASES_BY_ID = {case.id: case for case in CASES}

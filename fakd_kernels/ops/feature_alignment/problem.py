@@ -47,13 +47,19 @@ class Problem:
     is_squared: bool  # |p - t|^2 / Dt, else |p - t|
     eps: float
 
+    def grad_projection(self, pair: Pair) -> Tensor | None:
+        """Where the gradient of the pair's projection goes, None if it is not wanted."""
+        return pick(self.grad_projections, pair.projection_index)
+
+    def grad_bias(self, pair: Pair) -> Tensor | None:
+        """Where the gradient of the pair's bias goes, None if it is not wanted."""
+        return pick(self.grad_biases, pair.bias_index)
+
     def wants_projection(self, pair: Pair) -> bool:
-        return (
-            pair.projection_index >= 0 and self.grad_projections[pair.projection_index] is not None
-        )
+        return self.grad_projection(pair) is not None
 
     def wants_bias(self, pair: Pair) -> bool:
-        return pair.bias_index >= 0 and self.grad_biases[pair.bias_index] is not None
+        return self.grad_bias(pair) is not None
 
 
 def grad_dtype(tensor: Tensor) -> torch.dtype:

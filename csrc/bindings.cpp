@@ -1,0 +1,116 @@
+// Schemas and registration of torch.ops.fakd_ext: raw, private operators that fill given buffers.
+// Nothing computes here. Only LibTorch's stable ABI, so that one binary serves every torch >= 2.10.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/feature_alignment.h"
+
+namespace {
+
+using fakd::Dtype;
+using fakd::Rows;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, "fakd_ext takes float32, float16 and bfloat16 tensors only.");
+  return Dtype::float32;
+}
+
+// A matrix with a contiguous last axis; a vector counts as one row.
+Rows rows_of(const Tensor& tensor) {
+  const bool is_vector = tensor.dim() == 1;
+  STD_TORCH_CHECK(tensor.is_cpu(), "fakd_ext takes CPU tensors only.");
+  STD_TORCH_CHECK(is_vector || tensor.dim() == 2, "fakd_ext takes vectors and matrices only.");
+  Rows rows;
+  rows.data = const_cast<void*>(tensor.const_data_ptr());
+  rows.dtype = dtype_of(tensor);
+  rows.rows = is_vector ? 1 : tensor.size(0);
+  rows.columns = tensor.size(is_vector ? 0 : 1);
+  rows.stride = is_vector ? rows.columns : tensor.stride(0);
+  STD_TORCH_CHECK(
+      rows.columns <= 1 || tensor.stride(is_vector ? 0 : 1) == 1,
+      "fakd_ext takes tensors with a contiguous last axis only.");
+  return rows;
+}
+
+Rows pick(const std::vector<Tensor>& tensors, int64_t index) {
+  return index < 0 ? Rows{} : rows_of(tensors.at(size_t(index)));
+}
+
+std::vector<Rows> all(const std::vector<Tensor>& tensors) {
+  std::vector<Rows> rows;
+  for (const Tensor& tensor : tensors) rows.push_back(rows_of(tensor));
+  return rows;
+}
+
+// `places` is [L, 7] by rows: the pair's projection, bias, row weights, student gradient, projection
+// gradient and bias gradient as places in the lists (-1: absent), and its route.
+void feature_alignment(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> projections,
+    std::vector<Tensor> biases, std::vector<Tensor> row_weights, Tensor coefficients,
+    std::vector<int64_t> places, std::vector<Tensor> grad_student,
+    std::vector<Tensor> grad_projections, std::vector<Tensor> grad_biases, Tensor sums,
+    bool is_squared, double eps) {
+  constexpr size_t PLACES = 7;
+  STD_TORCH_CHECK(
+      teacher.size() == student.size() && places.size() == PLACES * student.size() &&
+          coefficients.numel() == int64_t(2 * student.size()) && coefficients.is_contiguous() &&
+          sums.numel() == coefficients.numel() && sums.is_contiguous() &&
+          dtype_of(coefficients) == Dtype::float32 && dtype_of(sums) == Dtype::float32,
+      "fakd_ext::feature_alignment was given lists of unequal length.");
+  const float* gains = static_cast<const float*>(coefficients.const_data_ptr());
+  fakd::FeatureProblem problem;
+  for (size_t index = 0; index < student.size(); ++index) {
+    const int64_t* place = places.data() + PLACES * index;
+    fakd::FeaturePair pair;
+    pair.student = rows_of(student[index]);
+    pair.teacher = rows_of(teacher[index]);
+    pair.projection = pick(projections, place[0]);
+    pair.bias = pick(biases, place[1]);
+    pair.row_weights = static_cast<const float*>(pick(row_weights, place[2]).data);
+    pair.grad_student = pick(grad_student, place[3]);
+    pair.grad_projection = place[4];
+    pair.grad_bias = place[5];
+    pair.route = static_cast<fakd::Route>(place[6]);
+    pair.cosine_gain = gains[2 * index];
+    pair.euclidean_gain = gains[2 * index + 1];
+    problem.pairs.push_back(pair);
+  }
+  problem.grad_projections = all(grad_projections);
+  problem.grad_biases = all(grad_biases);
+  problem.sums = static_cast<float*>(sums.mutable_data_ptr());
+  problem.is_squared = is_squared;
+  problem.eps = eps;
+  fakd::feature_alignment(problem);
+}
+
+std::string isa() { return fakd::row_kernels().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(fakd_ext, m) {
+  m.def("isa() -> str");
+  m.def(
+      "feature_alignment(Tensor[] student, Tensor[] teacher, Tensor[] projections, "
+      "Tensor[] biases, Tensor[] row_weights, Tensor coefficients, int[] places, "
+      "Tensor(a!)[] grad_student, Tensor(b!)[] grad_projections, Tensor(c!)[] grad_biases, "
+      "Tensor(d!) sums, bool is_squared, float eps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CPU, m) {
+  m.impl("feature_alignment", TORCH_BOX(&feature_alignment));
+}

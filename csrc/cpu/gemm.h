@@ -1,0 +1,83 @@
+// Matrix products of the CPU engine: torch's own library, on blocks that fit the cache.
+//
+// Inside a parallel region the product runs on the calling thread; outside on all of them.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <utility>
+
+// Its richer message exists from torch 2.13 on.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace fakd {
+
+// A float32 matrix in memory somebody else owns; strides in elements.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns, row_stride, column_stride;
+
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+};
+
+inline Matrix row_major(const float* data, int64_t rows, int64_t columns, int64_t stride) {
+  return {data, rows, columns, stride, 1};
+}
+inline Matrix row_major(const float* data, int64_t rows, int64_t columns) {
+  return row_major(data, rows, columns, columns);
+}
+
+class Blob {
+ public:
+  explicit Blob(const Matrix& matrix) {
+    const int64_t sizes[2] = {matrix.rows, matrix.columns};
+    const int64_t strides[2] = {matrix.row_stride, matrix.column_stride};
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
+        const_cast<float*>(matrix.data), 2, sizes, strides, 0, aoti_torch_dtype_float32(),
+        aoti_torch_device_type_cpu(), 0, &handle_, aoti_torch_layout_strided(), nullptr, 0));
+  }
+  ~Blob() { aoti_torch_delete_tensor_object(handle_); }
+  Blob(const Blob&) = delete;
+  Blob& operator=(const Blob&) = delete;
+  AtenTensorHandle handle() const { return handle_; }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
+
+// out = a b, or out += a b. `out` must not overlap a or b.
+inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool is_added = false) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Blob result(out), left(a), right(b);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
+      result.handle(), result.handle(), left.handle(), right.handle(), is_added ? 1.0 : 0.0, 1.0));
+}
+
+// The lower triangle of a product known to be symmetric, in strips: two thirds of the time of the
+// whole. `mirror` copies it above the diagonal.
+inline void multiply_symmetric(float* out, const Matrix& a, const Matrix& b, bool is_added = false) {
+  constexpr int64_t STRIP = 64;
+  const int64_t width = a.rows;
+  for (int64_t begin = 0; begin < width; begin += STRIP) {
+    const int64_t end = begin + STRIP < width ? begin + STRIP : width;
+    multiply(
+        row_major(out + begin * width, end - begin, end, width),
+        {a.data + begin * a.row_stride, end - begin, a.columns, a.row_stride, a.column_stride},
+        {b.data, b.rows, end, b.row_stride, b.column_stride}, is_added);
+  }
+}
+
+inline void mirror(float* square, int64_t width) {
+  for (int64_t row = 0; row < width; ++row) {
+    for (int64_t column = 0; column < row; ++column) {
+      square[column * width + row] = square[row * width + column];
+    }
+  }
+}
+
+}  // namespace fakd

@@ -1,0 +1,103 @@
+// One binary for every processor: the row kernels are compiled for each instruction set in a
+// region of its own, and the best one is chosen once, at first use.
+
+#include "row_kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fakd {
+namespace baseline {
+#define FAKD_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define FAKD_ISA_NAME "neon"
+#else
+#define FAKD_ISA_NAME "baseline"
+#endif
+#include "row_kernels.inc"
+#undef FAKD_VECTOR_BYTES
+#undef FAKD_ISA_NAME
+}  // namespace baseline
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+namespace avx2 {
+#define FAKD_VECTOR_BYTES 32
+#define FAKD_ISA_NAME "avx2"
+#define FAKD_STREAM(address, value) _mm256_stream_ps(address, (__m256)(value))
+#include "row_kernels.inc"
+#undef FAKD_VECTOR_BYTES
+#undef FAKD_ISA_NAME
+#undef FAKD_STREAM
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#define FAKD_VECTOR_BYTES 64
+#define FAKD_ISA_NAME "avx512"
+#define FAKD_STREAM(address, value) _mm512_stream_ps(address, (__m512)(value))
+#include "row_kernels.inc"
+#undef FAKD_VECTOR_BYTES
+#undef FAKD_ISA_NAME
+#undef FAKD_STREAM
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__
+
+namespace {
+
+const RowKernels& choose() {
+  const RowKernels* usable[3] = {};
+  int count = 0;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    usable[count++] = &avx512::KERNELS;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    usable[count++] = &avx2::KERNELS;
+  }
+#endif
+  usable[count++] = &baseline::KERNELS;
+  const char* wanted = std::getenv("FAKD_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *usable[0];
+  std::string names;
+  for (int index = 0; index < count; ++index) {
+    if (std::strcmp(usable[index]->name, wanted) == 0) return *usable[index];
+    names += std::string(index ? ", " : "") + usable[index]->name;
+  }
+  throw std::runtime_error(
+      "FAKD_ISA must be an instruction set of this processor: got " + std::string(wanted) +
+      "; choose one of " + names + " or unset it.");
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& kernels = choose();
+  return kernels;
+}
+
+}  // namespace fakd

@@ -1,0 +1,47 @@
+// Row kernels of the CPU engine, compiled once per instruction set and chosen at run time.
+//
+// All pointers are to contiguous float32 rows of n elements unless said otherwise. No kernel
+// allocates, throws or reads past its row.
+#pragma once
+
+#include <cstdint>
+
+namespace fakd {
+
+enum class Dtype { float32, float16, bfloat16 };
+
+// r1 = |p|^2, r2 = p.t, r3 = |t|^2 and |p - t|^2, which cancels if taken from the other three.
+struct RowSums {
+  double r1, r2, r3, distance;
+};
+
+struct RowWeights {
+  float student, teacher, difference;
+};
+
+struct RowKernels {
+  const char* name;  // "avx512" | "avx2" | "neon" | "baseline"
+
+  void (*sums)(const float* p, const float* t, int64_t n, RowSums* out);
+  double (*square)(const float* x, int64_t n);  // |x|^2
+  // Two dot products that share a factor: x.u and x.v.
+  void (*two_dots)(const float* x, const float* u, const float* v, int64_t n, double out[2]);
+  // out = weights.student * p + weights.teacher * t + weights.difference * (p - t). `out` may be p.
+  void (*combine)(
+      const float* p, const float* t, const RowWeights& weights, int64_t n, float* out);
+  // The same past the caches, for results larger than them. `out` on a 64-byte boundary.
+  void (*combine_stream)(
+      const float* p, const float* t, const RowWeights& weights, int64_t n, float* out);
+  // out = scale * x. `out` may be `x`.
+  void (*scale)(const float* x, float scale, int64_t n, float* out);
+  // out += scale * x.
+  void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
+  void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
+  // Round to nearest even; NaN stays NaN.
+  void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);
+};
+
+// The best set this processor runs, or the one FAKD_ISA names. Throws if it names another.
+const RowKernels& row_kernels();
+
+}  // namespace fakd
