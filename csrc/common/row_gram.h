@@ -27,8 +27,8 @@ struct RowTerms {
 };
 
 // r1 = |p|^2, r2 = p.t, r3 = |t|^2, distance = |p - t|^2; norms are clamped at eps as in
-// torch.nn.functional.cosine_similarity. 1 - cos is taken from |p - t|^2 and |p| - |t|, which are
-// small themselves where p is close to t, and not as a difference of large numbers:
+// torch.nn.functional.cosine_similarity. Where p is close to t, 1 - cos is taken from |p - t|^2 and
+// |p| - |t|, which are small themselves, and not as a difference of large numbers:
 //   1 - cos = (|p - t|^2 - (|p| - |t|)^2) / (2 |p| |t|)
 FAKD_HOST_DEVICE inline RowTerms row_terms(
     double r1, double r2, double r3, double distance, double cosine_gain, double euclidean_gain,
@@ -39,7 +39,7 @@ FAKD_HOST_DEVICE inline RowTerms row_terms(
   const double cosine = r2 * inverse_p * inverse_t;
   RowTerms terms;
   terms.cosine = 1.0 - cosine;
-  if (norm_p >= eps && norm_t >= eps) {
+  if (norm_p >= eps && norm_t >= eps && distance < 0.25 * (r1 + r3)) {
     const double excess = (r1 - r3) / (norm_p + norm_t);  // |p| - |t|
     terms.cosine = 0.5 * (distance - excess * excess) * inverse_p * inverse_t;
   }

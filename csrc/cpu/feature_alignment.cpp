@@ -106,9 +106,12 @@ Matrix fetch(
 
 // What every task of a projected pair shares, read only.
 struct Weights {
-  Scratch projection_copy, bias_copy, gram_copy, projected_bias_copy;
+  Scratch projection_copy, bias_copy, gram_copy, diagonal_copy, projected_bias_copy;
   Matrix projection;                      // [Dt, Ds] float32
-  Matrix gram;                            // W^T W [Ds, Ds]
+  // W^T W [Ds, Ds] with its diagonal taken out: where columns of W are near orthogonal, as they
+  // start, one large term per sum would cost the small ones their last bits.
+  Matrix gram;
+  const float* diagonal = nullptr;        // [Ds]
   const float* bias = nullptr;            // b [Dt]
   const float* projected_bias = nullptr;  // W^T b [Ds]
   double bias_square = 0;                 // |b|^2
@@ -124,6 +127,11 @@ struct Weights {
     gram = row_major(gram_copy.reserve(ds * ds), ds, ds);
     multiply_symmetric(gram_copy.get(), projection.transposed(), projection);
     mirror(gram_copy.get(), ds);
+    diagonal = diagonal_copy.reserve(ds);
+    for (int64_t j = 0; j < ds; ++j) {
+      diagonal_copy.get()[j] = gram_copy.get()[j * ds + j];
+      gram_copy.get()[j * ds + j] = 0;
+    }
     if (bias == nullptr) return;
     const Matrix b = row_major(bias, 1, w.rows);
     const Matrix out = row_major(projected_bias_copy.reserve(ds), 1, ds);
@@ -152,14 +160,17 @@ class LazyWeights {
 struct Totals {
   double cosine = 0, euclidean = 0;
   float* wide = nullptr;    // [Dt, Ds] of the projection's gradient
-  float* narrow = nullptr;  // gram: lower triangle of X^T diag(c) X [Ds, Ds], to be multiplied by W
+  // gram: X^T diag(c) X [Ds, Ds] below its diagonal, and the diagonal; to be multiplied by W. The
+  // diagonal is large, and summed apart for the sake of the rest.
+  float* narrow = nullptr;
+  float* diagonal = nullptr;  // [Ds]
   float* bias = nullptr;    // [Dt]
-  Scratch wide_memory, narrow_memory, bias_memory;
+  Scratch wide_memory, narrow_memory, diagonal_memory, bias_memory;
   bool is_wide_started = false, is_narrow_started = false;
 };
 
 struct BlockScratch {
-  Scratch student, teacher, projected, grad, u, v, student_sum;
+  Scratch student, teacher, projected, grad, u, v, student_sum, partial;
   std::vector<RowTerms> terms;
   std::vector<RowSums> sums;
 };
@@ -234,9 +245,22 @@ class PairTask {
       totals_.is_wide_started = true;
     }
     if (wants_bias()) {
-      for (int64_t row = 0; row < rows_; ++row) {
-        kernels_.add_scaled(p_data + row * dt_, 1.0f, dt_, totals_.bias);
-      }
+      sum_rows(dt_, totals_.bias, [&](int64_t row, float* sum) {
+        kernels_.add_scaled(p_data + row * dt_, 1.0f, dt_, sum);
+      });
+    }
+  }
+
+  // out += the sum over rows of what `add(row, sum)` adds. In runs, so that a long sum does not lose
+  // bits.
+  template <class Add>
+  void sum_rows(int64_t width, float* out, const Add& add) {
+    constexpr int64_t RUN = 32;
+    float* partial = scratch_.partial.reserve(width);
+    for (int64_t begin = 0; begin < rows_; begin += RUN) {
+      std::memset(partial, 0, width * sizeof(float));
+      for (int64_t row = begin; row < std::min(rows_, begin + RUN); ++row) add(row, partial);
+      kernels_.add_scaled(partial, 1.0f, width, out);
     }
   }
 
@@ -279,6 +303,9 @@ class PairTask {
     if (wants_projection()) {  // dW = W (X^T diag X) + T^T diag X
       multiply_symmetric(totals_.narrow, x_.transposed(), v, totals_.is_narrow_started);
       multiply(row_major(totals_.wide, dt_, ds_), t_.transposed(), u, totals_.is_wide_started);
+      sum_rows(ds_, totals_.diagonal, [&](int64_t row, float* sum) {
+        kernels_.add_product(x(row), v_data + row * ds_, ds_, sum);
+      });
       totals_.is_narrow_started = totals_.is_wide_started = true;
     }
     if (weights_.bias != nullptr && (wants_projection() || wants_bias())) gram_bias(v_data);
@@ -290,6 +317,7 @@ class PairTask {
     float* v_row = v_data + row * ds_;
     double dots[2];
     RowSums& sums = scratch_.sums[row];
+    kernels_.add_product(x(row), weights_.diagonal, ds_, v_row);
     if (weights_.bias == nullptr) {
       kernels_.two_dots(x(row), u_row, v_row, ds_, dots);
       sums.r2 = dots[0];
@@ -311,9 +339,9 @@ class PairTask {
   void gram_bias(const float* scaled) {
     float* student_sum = scratch_.student_sum.reserve(ds_);
     std::memset(student_sum, 0, ds_ * sizeof(float));
-    for (int64_t row = 0; row < rows_; ++row) {
-      kernels_.add_scaled(scaled + row * ds_, 1.0f, ds_, student_sum);
-    }
+    sum_rows(ds_, student_sum, [&](int64_t row, float* sum) {
+      kernels_.add_scaled(scaled + row * ds_, 1.0f, ds_, sum);
+    });
     if (wants_projection()) {
       multiply(
           row_major(totals_.wide, dt_, ds_), row_major(weights_.bias, dt_, 1, 1),
@@ -321,11 +349,10 @@ class PairTask {
     }
     if (!wants_bias()) return;
     double along_student = 0;
-    for (int64_t row = 0; row < rows_; ++row) {
-      const RowTerms& terms = scratch_.terms[row];
-      along_student += of_student(terms);
-      kernels_.add_scaled(t(row), of_teacher(terms), dt_, totals_.bias);
-    }
+    for (int64_t row = 0; row < rows_; ++row) along_student += of_student(scratch_.terms[row]);
+    sum_rows(dt_, totals_.bias, [&](int64_t row, float* sum) {
+      kernels_.add_scaled(t(row), of_teacher(scratch_.terms[row]), dt_, sum);
+    });
     kernels_.add_scaled(weights_.bias, float(along_student), dt_, totals_.bias);
     multiply(
         row_major(totals_.bias, 1, dt_), row_major(student_sum, 1, ds_),
@@ -467,7 +494,11 @@ void allocate_totals(const FeaturePair& pair, float* result, Totals& totals) {
   const int64_t ds = pair.student.columns, dt = pair.teacher.columns;
   if (pair.grad_projection >= 0) {
     totals.wide = result != nullptr ? result : totals.wide_memory.reserve(dt * ds);
-    if (pair.route == Route::gram) totals.narrow = totals.narrow_memory.reserve(ds * ds);
+    if (pair.route == Route::gram) {
+      totals.narrow = totals.narrow_memory.reserve(ds * ds);
+      totals.diagonal = totals.diagonal_memory.reserve(ds);
+      std::memset(totals.diagonal, 0, ds * sizeof(float));
+    }
   }
   if (pair.grad_bias >= 0) {
     totals.bias = totals.bias_memory.reserve(dt);
@@ -484,20 +515,30 @@ void add_in_order(float* to, const float* from, int64_t count) {
 void finish_projection(
     const Rows& result, const std::vector<Totals*>& shares, const Matrix& projection) {
   const int64_t count = result.rows * result.columns, ds = result.columns;
-  float *wide = nullptr, *narrow = nullptr;
+  float *wide = nullptr, *narrow = nullptr, *diagonal = nullptr;
   for (Totals* share : shares) {
     if (share->is_wide_started) {
       if (wide == nullptr) wide = share->wide;
       else add_in_order(wide, share->wide, count);
     }
     if (share->is_narrow_started) {
-      if (narrow == nullptr) narrow = share->narrow;
-      else add_in_order(narrow, share->narrow, ds * ds);
+      if (narrow == nullptr) {
+        narrow = share->narrow;
+        diagonal = share->diagonal;
+      } else {
+        add_in_order(narrow, share->narrow, ds * ds);
+        add_in_order(diagonal, share->diagonal, ds);
+      }
     }
   }
   if (wide != nullptr && narrow != nullptr) {
     mirror(narrow, ds);
+    for (int64_t column = 0; column < ds; ++column) narrow[column * ds + column] = 0;
     multiply(row_major(wide, result.rows, ds), projection, row_major(narrow, ds, ds), true);
+    for (int64_t row = 0; row < result.rows; ++row) {
+      const float* w = projection.data + row * projection.row_stride;
+      row_kernels().add_product(w, diagonal, ds, wide + row * ds);
+    }
   }
   for (int64_t row = 0; row < result.rows; ++row) {
     if (wide == nullptr) {  // no row counted
@@ -529,6 +570,7 @@ int64_t block_rows(const FeaturePair& pair) {
 }  // namespace
 
 void feature_alignment(const FeatureProblem& problem) {
+  row_kernels();  // a wrong FAKD_ISA is refused here, not on some thread
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<CountedRows> counted;
   std::vector<std::unique_ptr<LazyWeights>> weights;

@@ -36,6 +36,8 @@ struct RowKernels {
   void (*scale)(const float* x, float scale, int64_t n, float* out);
   // out += scale * x.
   void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
+  // out += x * y, element by element.
+  void (*add_product)(const float* x, const float* y, int64_t n, float* out);
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);

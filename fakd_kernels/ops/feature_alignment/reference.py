@@ -98,6 +98,8 @@ def _fill_pair(
     weight = None if pair.projection is None else pair.projection.to(work)
     offset = None if pair.bias is None else pair.bias.to(work)
     coefficient = problem.coefficients[index].to(work)
+    wants_projection, wants_bias = problem.wants_projection(pair), problem.wants_bias(pair)
+    wants_any = pair.grad_student is not None or wants_projection or wants_bias
     total = torch.zeros(2, dtype=torch.float64, device=coefficient.device)
     for begin in range(0, pair.student.shape[0], block):
         rows = slice(begin, begin + block)
@@ -106,12 +108,10 @@ def _fill_pair(
         if pair.row_weights is not None:
             x, t = torch.where(w[:, None] == 0, 0, x), torch.where(w[:, None] == 0, 0, t)
         p = x if weight is None else F.linear(x, weight, offset)
-        values, along_p, along_t, slope = row_terms(problem, p, t, w, coefficient)
+        values, grad_p = row_terms(problem, p, t, w, coefficient if wants_any else None)
         total += values
-        wants_projection, wants_bias = problem.wants_projection(pair), problem.wants_bias(pair)
-        if pair.grad_student is None and not wants_projection and not wants_bias:
+        if grad_p is None:
             continue
-        grad_p = along_p[:, None] * p + along_t[:, None] * t + slope[:, None] * (p - t)
         if pair.grad_student is not None:
             grad_x = grad_p if weight is None else grad_p @ weight
             if pair.row_weights is not None:
@@ -125,11 +125,13 @@ def _fill_pair(
 
 
 def row_terms(
-    problem: Problem, p: Tensor, t: Tensor, w: Tensor, coefficient: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The row-Gram family: weighted sums [2], and the rows A, B, S of dL/dp = A p + B t + S (p - t).
+    problem: Problem, p: Tensor, t: Tensor, w: Tensor, coefficient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The row-Gram family: weighted sums [2] and the gradient dL/dp.
 
-    With r1 = |p|^2, r2 = p.t, r3 = |t|^2 and norms clamped at eps:
+    Without a coefficient [2], values only.
+
+    dL/dp = A p + B t + S (p - t). With r1 = |p|^2, r2 = p.t, r3 = |t|^2 and norms clamped at eps:
         cosine    A = g r2 / (|p|^3 |t|)    B = -g / (|p| |t|)
         squared   S = 2 g / Dt
         distance  S = g / |p - t|    (0 where p = t)
@@ -137,25 +139,37 @@ def row_terms(
     S is kept apart from A and B because A p + B t cancels where p is close to t, and p - t does
     not. The scalars of a row are float64: their error would be shared by the whole row.
     """
-    norm_p = torch.linalg.vector_norm(p, dim=-1)
-    norm_t = torch.linalg.vector_norm(t, dim=-1)
-    clamped = norm_p.clamp_min(problem.eps)
-    unit_t = t / norm_t.clamp_min(problem.eps)[:, None]
-    cosine = ((p / clamped[:, None]) * unit_t).sum(-1).double()
+    difference = p - t
+    square = difference.square().sum(-1).double()
+    norm_p = torch.linalg.vector_norm(p, dim=-1, dtype=torch.float64)
+    norm_t = torch.linalg.vector_norm(t, dim=-1, dtype=torch.float64)
+    clamped_p, clamped_t = norm_p.clamp_min(problem.eps), norm_t.clamp_min(problem.eps)
+    unit_p, unit_t = (
+        x * (1 / norm).to(x.dtype)[:, None] for x, norm in ((p, clamped_p), (t, clamped_t))
+    )
+    cosine = (unit_p * unit_t).sum(-1).double()
+    # Where p is close to t, 1 - cos from small numbers, not as a difference of large ones.
+    is_close = (square < 0.25 * (norm_p.square() + norm_t.square())) & (norm_t >= problem.eps)
+    close = 0.5 * (square - (norm_p - norm_t).square()) / clamped_p / clamped_t
+    distance_of_cosine = torch.where(is_close & (norm_p >= problem.eps), close, 1 - cosine)
+    euclidean = square / p.shape[1] if problem.is_squared else square.sqrt()
+    values = torch.stack([w * distance_of_cosine, w * euclidean])
+    values = torch.where(w != 0, values, 0).sum(1)
+    if coefficient is None:
+        return values, None
     g = (coefficient[:, None] * w).double()
-    norm_p, norm_t = norm_p.double(), norm_t.double().clamp_min(problem.eps)
-    clamped = norm_p.clamp_min(problem.eps)
-    along_p = torch.where(norm_p < problem.eps, 0, g[0] * cosine / clamped / clamped)
-    along_t = -g[0] / clamped / norm_t
+    along_p = torch.where(norm_p < problem.eps, 0, g[0] * cosine / clamped_p / clamped_p)
+    along_t = -g[0] / clamped_p / clamped_t
     if problem.is_squared:
-        euclidean = (p - t).square().mean(-1).double()
         slope = (2 / p.shape[1]) * g[1]
     else:
-        euclidean = torch.linalg.vector_norm(p - t, dim=-1).double()
         slope = torch.where(euclidean == 0, 0, g[1] / euclidean)
-    values = torch.stack([w * (1 - cosine), w * euclidean])
-    values = torch.where(w != 0, values, 0).sum(1)
-    return values, along_p.to(p.dtype), along_t.to(p.dtype), slope.to(p.dtype)
+    grad_p = (
+        along_p.to(p.dtype)[:, None] * p
+        + along_t.to(p.dtype)[:, None] * t
+        + slope.to(p.dtype)[:, None] * difference
+    )
+    return values, grad_p
 
 
 def _work_dtype(pair: Pair) -> torch.dtype:

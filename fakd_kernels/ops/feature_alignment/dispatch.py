@@ -1,0 +1,144 @@
+"""From the registered op's arguments to the engine that serves them: the one place that decides."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import _engines, _extension, _memory
+from . import cpu, reference, triton_kernel
+from .problem import Pair, Problem, choose_route, count_flops, grad_dtype, pick
+
+
+def allocate(
+    student,
+    projections,
+    biases,
+    wants_student,
+    wants_projection,
+    wants_bias,
+    *,
+    empty=_memory.empty,
+):
+    """One gradient buffer per wanted tensor, None elsewhere, for each of the three lists."""
+    return tuple(
+        [
+            empty(tensor.shape, dtype=grad_dtype(tensor), device=tensor.device) if wanted else None
+            for tensor, wanted in zip(tensors, wants, strict=True)
+        ]
+        for tensors, wants in (
+            (student, wants_student),
+            (projections, wants_projection),
+            (biases, wants_bias),
+        )
+    )
+
+
+def wanted(grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
+    return [grad for group in grads for grad in group if grad is not None]
+
+
+def resolve(
+    student,
+    teacher,
+    projections,
+    biases,
+    row_weights,
+    coefficients,
+    projection_of,
+    bias_of,
+    row_weights_of,
+    wants_student,
+    wants_projection,
+    wants_bias,
+    eps,
+    euclidean,
+    route,
+    engine,
+) -> tuple[Problem, str, list[Tensor]]:
+    """The problem with its buffers, the engine that serves it, and the wanted gradients."""
+    grads = allocate(student, projections, biases, wants_student, wants_projection, wants_bias)
+    pairs = [
+        Pair(
+            student=x,
+            teacher=t,
+            projection=pick(projections, projection_of[index]),
+            bias=pick(biases, bias_of[index]),
+            row_weights=pick(row_weights, row_weights_of[index]),
+            grad_student=grads[0][index],
+            projection_index=projection_of[index],
+            bias_index=bias_of[index],
+            route="none"
+            if projection_of[index] < 0
+            else choose_route(
+                route,
+                x.shape[0],
+                x.shape[1],
+                t.shape[1],
+                wants_student[index],
+                wants_projection[projection_of[index]],
+            ),
+        )
+        for index, (x, t) in enumerate(zip(student, teacher, strict=True))
+    ]
+    problem = Problem(
+        pairs,
+        coefficients,
+        torch.zeros_like(coefficients),
+        grads[1],
+        grads[2],
+        euclidean == "squared",
+        eps,
+    )
+    chosen = _engines.choose("feature_alignment", student[0].device, refusals(problem), engine)
+    return problem, chosen, wanted(grads)
+
+
+FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
+
+
+def refusals(problem: Problem) -> _engines.Refusals:
+    """Why each engine cannot serve this call, None where it can."""
+    tensors = [
+        tensor
+        for pair in problem.pairs
+        for tensor in (pair.student, pair.teacher, pair.projection, pair.bias)
+        if tensor is not None
+    ]
+    device = tensors[0].device.type
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+    double = "float64 is served by the reference engine only" if is_double else None
+    cpu_reason = double
+    if device != "cpu":
+        cpu_reason = f"it serves CPU tensors, these are on {device}"
+    triton_reason = double
+    if device != "cuda" and not (device == "cpu" and _engines.interpreted()):
+        triton_reason = f"it serves CUDA tensors, these are on {device}"
+    return {
+        "reference": None,
+        "cpu": cpu_reason or _extension.cpu_absent(),
+        "triton": triton_reason or _engines.triton_absent(),
+    }
+
+
+def explain(*lowered) -> str:
+    """The engine, the reasons against the others, and the route of every pair, in words."""
+    problem, chosen, _ = resolve(*lowered)
+    lines = _engines.describe("feature_alignment", chosen, refusals(problem))
+    for index, pair in enumerate(problem.pairs):
+        shape = f"  pair {index}: {pair.student.shape[0]} rows, "
+        if pair.projection is None:
+            lines.append(shape + f"{pair.student.shape[1]} wide, one pass without a projection")
+            continue
+        flops = count_flops(
+            *pair.student.shape,
+            pair.teacher.shape[1],
+            pair.grad_student is not None,
+            problem.wants_projection(pair),
+        )
+        route = "direct" if chosen == "reference" else pair.route
+        lines.append(
+            shape + f"{pair.student.shape[1]} to {pair.teacher.shape[1]} wide, {route} route "
+            f"(direct {flops['direct'] / 1e9:.3g}, gram {flops['gram'] / 1e9:.3g} GFLOP)"
+        )
+    return "\n".join(lines)

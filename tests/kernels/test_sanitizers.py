@@ -1,0 +1,69 @@
+"""The C++ engine, built with AddressSanitizer and UndefinedBehaviorSanitizer, on hostile input."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import build_backend
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import sys
+import torch
+from fakd_kernels import _extension
+torch.ops.load_library(sys.argv[1])
+_extension.cpu_absent = lambda: None
+from tests.support.cases import CASES, make_inputs
+count = 0
+for case in CASES:
+    for dtypes in ((torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)):
+        inputs = make_inputs(case, *dtypes)
+        for route in ("direct", "gram") if case.projection != "none" else ("auto",):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                loss = inputs.call(engine="cpu", route=route).loss
+                torch.autograd.grad(loss, list(inputs.leaves.values()))
+                count += 1
+print(count, "calls were clean")
+"""
+
+
+@pytest.mark.slow
+def test_address_and_undefined_behaviour_sanitizers(tmp_path):
+    compiler = shutil.which("g++")
+    assert compiler, "g++ is needed to build the C++ engine with sanitizers"
+    torch = build_backend.find_torch()
+    library = tmp_path / "_C_cpu_sanitized.so"
+    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch}/include"]
+    flags += [f"-L{torch}/lib", "-ltorch_cpu", "-ltorch", "-o", library]
+    subprocess.run([compiler, *sources, *flags], check=True, timeout=280)
+
+    runtime = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    environment = os.environ | {
+        "LD_PRELOAD": " ".join(runtime),
+        # The interpreter and torch leak by design; the new/delete pair of their C++ runtime differs.
+        "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, library],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+    assert "calls were clean" in result.stdout
