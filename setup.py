@@ -13,7 +13,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import TORCH, find_torch  # noqa: E402
+from build_backend import TORCH, find_torch
 
 # LibTorch's stable ABI of 2.10: one binary serves every later torch, and every Python.
 TORCH_TARGET_VERSION = "0x020a000000000000"

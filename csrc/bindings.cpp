@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/feature_alignment.h"
+#include "cpu/feature_bfloat16.h"
 
 namespace {
 
@@ -98,10 +99,13 @@ void feature_alignment(
 
 std::string isa() { return fakd::row_kernels().name; }
 
+bool has_bfloat16_products() { return fakd::has_bfloat16_products(); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(fakd_ext, m) {
   m.def("isa() -> str");
+  m.def("has_bfloat16_products() -> bool");
   m.def(
       "feature_alignment(Tensor[] student, Tensor[] teacher, Tensor[] projections, "
       "Tensor[] biases, Tensor[] row_weights, Tensor coefficients, int[] places, "
@@ -109,7 +113,10 @@ STABLE_TORCH_LIBRARY(fakd_ext, m) {
       "Tensor(d!) sums, bool is_squared, float eps) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("has_bfloat16_products", TORCH_BOX(&has_bfloat16_products));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CPU, m) {
   m.impl("feature_alignment", TORCH_BOX(&feature_alignment));

@@ -43,3 +43,9 @@ def cuda_absent() -> str | None:
 def cpu_isa() -> str:
     """The instruction set the C++ kernels run on: avx512, avx2, neon or baseline."""
     return torch.ops.fakd_ext.isa()
+
+
+def has_bfloat16_products(device: torch.device) -> bool:
+    """Whether the C++ engine multiplies bfloat16 matrices as such, several times faster."""
+    is_served = device.type == "cpu" and cpu_absent() is None
+    return is_served and torch.ops.fakd_ext.has_bfloat16_products()

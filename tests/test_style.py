@@ -39,7 +39,10 @@ def imports_of(folder: str) -> list[tuple[Path, str]]:
 
 def test_kernels_know_nothing_of_models_or_training():
     for path, name in imports_of("fakd_kernels"):
-        assert not re.match(r"(fakd|transformers|datasets|benchmarks|tests)(\.|$)", name), (path, name)
+        assert not re.match(r"(fakd|transformers|datasets|benchmarks|tests)(\.|$)", name), (
+            path,
+            name,
+        )
 
 
 def test_training_uses_public_names_of_the_kernels_only():

@@ -4,16 +4,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "row_kernels.h"
+#include "../common/row_gram.h"
+#include "rows.h"
 
 namespace fakd {
-
-// A row-major matrix of any dtype; stride in elements.
-struct Rows {
-  void* data = nullptr;  // nullptr: absent
-  Dtype dtype = Dtype::float32;
-  int64_t rows = 0, columns = 0, stride = 0;
-};
 
 enum class Route { none, direct, gram };
 
@@ -38,6 +32,24 @@ struct FeatureProblem {
   bool is_squared = true;
   double eps = 1e-8;
 };
+
+// Sums of one task, added up in task order when all are done.
+struct Totals {
+  double cosine = 0, euclidean = 0;
+  float* wide = nullptr;    // [Dt, Ds] of the projection's gradient
+  // gram: X^T diag(c) X [Ds, Ds] below its diagonal, and the diagonal; to be multiplied by W. The
+  // diagonal is large, and summed apart for the sake of the rest.
+  float* narrow = nullptr;
+  float* diagonal = nullptr;  // [Ds]
+  float* bias = nullptr;    // [Dt]
+  Scratch wide_memory, narrow_memory, diagonal_memory, bias_memory;
+  bool is_wide_started = false, is_narrow_started = false;
+};
+
+inline RowWeights weights_of(const RowTerms& terms) {
+  return {
+      float(terms.along_student), float(terms.along_teacher), float(terms.along_difference)};
+}
 
 void feature_alignment(const FeatureProblem& problem);
 

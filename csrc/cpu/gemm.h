@@ -17,28 +17,37 @@
 
 namespace fakd {
 
-// A float32 matrix in memory somebody else owns; strides in elements.
-struct Matrix {
-  const float* data;
+// A matrix in memory somebody else owns; strides in elements. bfloat16 travels as its 16 bits.
+template <class Element>
+struct MatrixOf {
+  const Element* data;
   int64_t rows, columns, row_stride, column_stride;
 
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  MatrixOf transposed() const { return {data, columns, rows, column_stride, row_stride}; }
 };
+using Matrix = MatrixOf<float>;
+using BfloatMatrix = MatrixOf<uint16_t>;
 
-inline Matrix row_major(const float* data, int64_t rows, int64_t columns, int64_t stride) {
+template <class Element>
+MatrixOf<Element> row_major(const Element* data, int64_t rows, int64_t columns, int64_t stride) {
   return {data, rows, columns, stride, 1};
 }
-inline Matrix row_major(const float* data, int64_t rows, int64_t columns) {
+template <class Element>
+MatrixOf<Element> row_major(const Element* data, int64_t rows, int64_t columns) {
   return row_major(data, rows, columns, columns);
 }
 
+inline int32_t torch_dtype(const float*) { return aoti_torch_dtype_float32(); }
+inline int32_t torch_dtype(const uint16_t*) { return aoti_torch_dtype_bfloat16(); }
+
 class Blob {
  public:
-  explicit Blob(const Matrix& matrix) {
+  template <class Element>
+  explicit Blob(const MatrixOf<Element>& matrix) {
     const int64_t sizes[2] = {matrix.rows, matrix.columns};
     const int64_t strides[2] = {matrix.row_stride, matrix.column_stride};
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
-        const_cast<float*>(matrix.data), 2, sizes, strides, 0, aoti_torch_dtype_float32(),
+        const_cast<Element*>(matrix.data), 2, sizes, strides, 0, torch_dtype(matrix.data),
         aoti_torch_device_type_cpu(), 0, &handle_, aoti_torch_layout_strided(), nullptr, 0));
   }
   ~Blob() { aoti_torch_delete_tensor_object(handle_); }
@@ -51,7 +60,10 @@ class Blob {
 };
 
 // out = a b, or out += a b. `out` must not overlap a or b.
-inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool is_added = false) {
+template <class Element>
+void multiply(
+    const MatrixOf<Element>& out, const MatrixOf<Element>& a, const MatrixOf<Element>& b,
+    bool is_added = false) {
   if (out.rows == 0 || out.columns == 0) return;
   const Blob result(out), left(a), right(b);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
@@ -66,7 +78,7 @@ inline void multiply_symmetric(float* out, const Matrix& a, const Matrix& b, boo
   for (int64_t begin = 0; begin < width; begin += STRIP) {
     const int64_t end = begin + STRIP < width ? begin + STRIP : width;
     multiply(
-        row_major(out + begin * width, end - begin, end, width),
+        row_major<float>(out + begin * width, end - begin, end, width),
         {a.data + begin * a.row_stride, end - begin, a.columns, a.row_stride, a.column_stride},
         {b.data, b.rows, end, b.row_stride, b.column_stride}, is_added);
   }

@@ -68,15 +68,13 @@ def resolve(
             grad_student=grads[0][index],
             projection_index=projection_of[index],
             bias_index=bias_of[index],
-            route="none"
-            if projection_of[index] < 0
-            else choose_route(
+            route=_route(
                 route,
-                x.shape[0],
-                x.shape[1],
-                t.shape[1],
+                x,
+                t,
+                pick(projections, projection_of[index]),
                 wants_student[index],
-                wants_projection[projection_of[index]],
+                projection_of[index] >= 0 and wants_projection[projection_of[index]],
             ),
         )
         for index, (x, t) in enumerate(zip(student, teacher, strict=True))
@@ -92,6 +90,23 @@ def resolve(
     )
     chosen = _engines.choose("feature_alignment", student[0].device, refusals(problem), engine)
     return problem, chosen, wanted(grads)
+
+
+def _route(
+    route: str,
+    student: Tensor,
+    teacher: Tensor,
+    projection: Tensor | None,
+    wants_student: bool,
+    wants_projection: bool,
+) -> str:
+    if projection is None:
+        return "none"
+    is_half = student.dtype == projection.dtype == torch.bfloat16
+    if route == "auto" and is_half and _extension.has_bfloat16_products(student.device):
+        return "direct"  # all of its products are bfloat16; the gram route's are not
+    widths = student.shape[1], teacher.shape[1]
+    return choose_route(route, student.shape[0], *widths, wants_student, wants_projection)
 
 
 FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}

@@ -79,7 +79,7 @@ def feature_alignment(
         euclidean: "squared": |p - t|^2 / Dt; "distance": |p - t| (gradient 0 where p = t).
         pair_weights: L numbers or a tensor `[L]`; default 1 / L each.
         normalizer: what the weighted row sums are divided by, > 0; default the sum of the row
-            weights of the pair. Pass the global count for gradient accumulation or data parallelism.
+            weights of the pair. Pass the global count for accumulation or data parallelism.
         eps: > 0. Norms are clamped at it, as in `F.cosine_similarity`.
         route: "auto" | "direct" | "gram", the order of the matrix products (see `count_flops`).
         engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
