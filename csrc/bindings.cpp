@@ -63,7 +63,7 @@ void feature_alignment(
     std::vector<Tensor> biases, std::vector<Tensor> row_weights, Tensor coefficients,
     std::vector<int64_t> places, std::vector<Tensor> grad_student,
     std::vector<Tensor> grad_projections, std::vector<Tensor> grad_biases, Tensor sums,
-    bool is_squared, double eps) {
+    bool is_squared, bool is_route_forced, double eps) {
   constexpr size_t PLACES = 7;
   STD_TORCH_CHECK(
       teacher.size() == student.size() && places.size() == PLACES * student.size() &&
@@ -93,6 +93,7 @@ void feature_alignment(
   problem.grad_biases = all(grad_biases);
   problem.sums = static_cast<float*>(sums.mutable_data_ptr());
   problem.is_squared = is_squared;
+  problem.is_route_forced = is_route_forced;
   problem.eps = eps;
   fakd::feature_alignment(problem);
 }
@@ -110,7 +111,7 @@ STABLE_TORCH_LIBRARY(fakd_ext, m) {
       "feature_alignment(Tensor[] student, Tensor[] teacher, Tensor[] projections, "
       "Tensor[] biases, Tensor[] row_weights, Tensor coefficients, int[] places, "
       "Tensor(a!)[] grad_student, Tensor(b!)[] grad_projections, Tensor(c!)[] grad_biases, "
-      "Tensor(d!) sums, bool is_squared, float eps) -> ()");
+      "Tensor(d!) sums, bool is_squared, bool is_route_forced, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {

@@ -5,7 +5,7 @@
 //   none    reads (Ds + Dt) E, writes Ds E; 1 pass
 //   direct  6 Ds Dt FLOPs; the projected block is reused and stays in the cache
 //   gram    4 Ds Dt + 4 Ds^2 FLOPs; no projected block at all
-// A gram block in which some row's |p - t|^2 would cancel is done again on the direct route.
+// The gram route serves where it is as accurate as the direct one (feature_products.h).
 
 #include "feature_alignment.h"
 
@@ -168,7 +168,7 @@ void feature_alignment(const FeatureProblem& problem) {
       RowComparison(problem, pair, scratch[worker].student, totals[index])
           .run(task.begin, task.end);
     } else {
-      const Weights& shared = weights[task.pair]->get();
+      LazyWeights& shared = *weights[task.pair];
       std::unique_ptr<BlockTask> blocks;
       if (is_bfloat16(pair)) {
         blocks = std::make_unique<BfloatTask>(
@@ -181,7 +181,8 @@ void feature_alignment(const FeatureProblem& problem) {
       blocks->run(task.begin, task.end, is_parallel ? rows_at_once : threads * rows_at_once);
       if (pair.grad_projection >= 0 && projection_shares[pair.grad_projection].size() == 1) {
         finish_projection(
-            problem.grad_projections[pair.grad_projection], {&totals[index]}, shared.projection);
+            problem.grad_projections[pair.grad_projection], {&totals[index]},
+            shared.get().projection);
       }
     }
   });

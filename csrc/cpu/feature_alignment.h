@@ -29,6 +29,8 @@ struct FeatureProblem {
   std::vector<Rows> grad_projections;  // [Dt, Ds] float32 or bfloat16
   std::vector<Rows> grad_biases;       // [1, Dt]
   float* sums = nullptr;               // [L, 2]
+  // The gram route was asked for by name; otherwise it serves where p and t do not correlate.
+  bool is_route_forced = false;
   bool is_squared = true;
   double eps = 1e-8;
 };

@@ -12,15 +12,9 @@ namespace fakd {
 
 // What every task of a projected pair shares, read only.
 struct Weights {
-  Scratch projection_copy, bias_copy, gram_copy, diagonal_copy, projected_bias_copy;
-  Matrix projection{};                    // [Dt, Ds] float32
-  // W^T W [Ds, Ds] with its diagonal taken out: where columns of W are near orthogonal, as they
-  // start, one large term per sum would cost the small ones their last bits.
-  Matrix gram{};
-  const float* diagonal = nullptr;        // [Ds]
-  const float* bias = nullptr;            // b [Dt]
-  const float* projected_bias = nullptr;  // W^T b [Ds]
-  double bias_square = 0;                 // |b|^2
+  Scratch projection_copy, bias_copy;
+  Matrix projection{};          // [Dt, Ds] float32
+  const float* bias = nullptr;  // b [Dt]
 
   Weights(const RowKernels& kernels, const FeaturePair& pair) {
     const Rows& w = pair.projection;
@@ -28,26 +22,41 @@ struct Weights {
     if (pair.bias.data != nullptr) {
       bias = fetch(kernels, pair.bias, CountedRows(1), 0, 1, bias_copy).data;
     }
-    if (pair.route != Route::gram) return;
+  }
+};
+
+// What the gram route needs besides.
+struct GramWeights {
+  Scratch gram_copy, diagonal_copy, projected_bias_copy;
+  // W^T W [Ds, Ds] with its diagonal taken out: where columns of W are near orthogonal, as they
+  // start, one large term per sum would cost the small ones their last bits.
+  Matrix gram{};
+  const float* diagonal = nullptr;        // [Ds]
+  const float* projected_bias = nullptr;  // W^T b [Ds]
+  double bias_square = 0;                 // |b|^2
+
+  explicit GramWeights(const Weights& weights) {
+    const Matrix& w = weights.projection;
     const int64_t ds = w.columns;
-    gram = row_major(gram_copy.reserve(ds * ds), ds, ds);
-    multiply_symmetric(gram_copy.get(), projection.transposed(), projection);
+    gram = row_major<float>(gram_copy.reserve(ds * ds), ds, ds);
+    multiply_symmetric(gram_copy.get(), w.transposed(), w);
     mirror(gram_copy.get(), ds);
     diagonal = diagonal_copy.reserve(ds);
     for (int64_t j = 0; j < ds; ++j) {
       diagonal_copy.get()[j] = gram_copy.get()[j * ds + j];
       gram_copy.get()[j * ds + j] = 0;
     }
-    if (bias == nullptr) return;
-    const Matrix b = row_major(bias, 1, w.rows);
-    const Matrix out = row_major(projected_bias_copy.reserve(ds), 1, ds);
-    multiply(out, b, projection);
+    if (weights.bias == nullptr) return;
+    const Matrix out = row_major<float>(projected_bias_copy.reserve(ds), 1, ds);
+    multiply(out, row_major(weights.bias, 1, w.rows), w);
     projected_bias = out.data;
-    for (int64_t j = 0; j < w.rows; ++j) bias_square += double(bias[j]) * bias[j];
+    for (int64_t j = 0; j < w.rows; ++j) {
+      bias_square += double(weights.bias[j]) * weights.bias[j];
+    }
   }
 };
 
-// Computed by the first task that asks, on its thread.
+// Each computed by the first task that asks, on its thread.
 class LazyWeights {
  public:
   explicit LazyWeights(const FeaturePair& pair) : pair_(pair) {}
@@ -55,11 +64,16 @@ class LazyWeights {
     std::call_once(once_, [&] { weights_ = std::make_unique<Weights>(row_kernels(), pair_); });
     return *weights_;
   }
+  const GramWeights& gram() {
+    std::call_once(gram_once_, [&] { gram_ = std::make_unique<GramWeights>(get()); });
+    return *gram_;
+  }
 
  private:
   const FeaturePair& pair_;
-  std::once_flag once_;
+  std::once_flag once_, gram_once_;
   std::unique_ptr<Weights> weights_;
+  std::unique_ptr<GramWeights> gram_;
 };
 
 struct BlockScratch {
@@ -72,16 +86,16 @@ struct BlockScratch {
 class BlockTask {
  public:
   BlockTask(
-      const FeatureProblem& problem, const FeaturePair& pair, const Weights& weights,
+      const FeatureProblem& problem, const FeaturePair& pair, LazyWeights& weights,
       const CountedRows& counted, BlockScratch& scratch, Totals& totals)
-      : kernels_(row_kernels()), problem_(problem), pair_(pair), weights_(weights),
+      : kernels_(row_kernels()), problem_(problem), pair_(pair), lazy_weights_(weights), weights_(weights.get()),
         counted_(counted), scratch_(scratch), totals_(totals),
         ds_(pair.student.columns), dt_(pair.teacher.columns) {}
   virtual ~BlockTask() = default;
 
   void run(int64_t begin, int64_t end, int64_t block_rows) {
-    for (begin_ = begin; begin_ < end; begin_ += block_rows) {
-      rows_ = std::min(end - begin_, block_rows);
+    for (begin_ = begin; begin_ < end; begin_ += rows_) {
+      rows_ = std::min(end - begin_, begin_ == begin ? first_rows(block_rows) : block_rows);
       scratch_.terms.resize(rows_);
       block();
       for (int64_t row = 0; row < rows_; ++row) {
@@ -94,6 +108,7 @@ class BlockTask {
 
  protected:
   virtual void block() = 0;
+  virtual int64_t first_rows(int64_t block_rows) const { return block_rows; }
 
   bool wants_student() const { return pair_.grad_student.data != nullptr; }
   bool wants_projection() const { return pair_.grad_projection >= 0; }
@@ -125,6 +140,7 @@ class BlockTask {
   const RowKernels& kernels_;
   const FeatureProblem& problem_;
   const FeaturePair& pair_;
+  LazyWeights& lazy_weights_;
   const Weights& weights_;
   const CountedRows& counted_;
   BlockScratch& scratch_;

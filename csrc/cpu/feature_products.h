@@ -5,9 +5,16 @@
 
 namespace fakd {
 
-// |p - t|^2 below this share of |p|^2 + |t|^2 is not taken from r1 - 2 r2 + r3: the three sums are
-// accurate to about 1e-7 of themselves.
+// The gram route takes small differences of large sums where p and t have much in common, and is
+// accurate where they have little, as early in training. It serves a block
+// - whose correlation (sum r2)^2 / (sum r1 sum r3) is below this: beyond, errors of its gradients grow
+//   past twice those of the direct route, which are eager's;
+constexpr double CORRELATION = 1.0 / 16;
+// - and where no row's |p - t|^2 is below this share of |p|^2 + |t|^2: it is taken from
+//   r1 - 2 r2 + r3, sums that are accurate to about 1e-7 of themselves.
 constexpr double CANCELLATION = 1.0 / 16;
+// The first rows of a task go the direct route, to see whether the gram route may serve the others.
+constexpr int64_t PROBE_ROWS = 128;
 // Rows of a block. Products of fewer rows lose speed: on the direct route, 384 -> 768, the whole took
 // 1.07, 1.06 and 1.045 times the bare products with 320, 512 and 1024 rows, and the gram route is
 // flat from 256 on (2 cores, AVX-512, 2026-11). Memory stays bounded for wide teachers.
@@ -30,7 +37,24 @@ class FloatTask : public BlockTask {
   void block() override {
     x_ = fetch(kernels_, pair_.student, counted_, begin_, begin_ + rows_, scratch_.student);
     t_ = fetch(kernels_, pair_.teacher, counted_, begin_, begin_ + rows_, scratch_.teacher);
-    if (pair_.route != Route::gram || !gram_block()) direct_block();
+    const bool is_probe = pair_.route == Route::gram && !is_gram_known_;
+    if (is_probe && problem_.is_route_forced) is_gram_ = is_gram_known_ = true;
+    if (!is_gram_ || !gram_block()) direct_block();
+    if (!is_gram_known_) is_gram_ = pair_.route == Route::gram && is_uncorrelated();
+    is_gram_known_ = true;
+  }
+  int64_t first_rows(int64_t block_rows) const override {
+    const bool is_probed = pair_.route == Route::gram && !problem_.is_route_forced;
+    return is_probed ? std::min(PROBE_ROWS, block_rows) : block_rows;
+  }
+  bool is_uncorrelated() const {
+    double r1 = 0, r2 = 0, r3 = 0;
+    for (const RowSums& sums : scratch_.sums) {
+      r1 += sums.r1;
+      r2 += sums.r2;
+      r3 += sums.r3;
+    }
+    return r2 * r2 < CORRELATION * r1 * r3;
   }
   const float* x(int64_t row) const { return x_.data + row * x_.row_stride; }
   const float* t(int64_t row) const { return t_.data + row * t_.row_stride; }
@@ -39,11 +63,12 @@ class FloatTask : public BlockTask {
     const Matrix p = row_major(scratch_.projected.reserve(rows_ * dt_), rows_, dt_);
     float* p_data = scratch_.projected.get();
     multiply(p, x_, weights_.projection.transposed());
+    scratch_.sums.resize(rows_);
     torch::stable::parallel_for(0, rows_, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
         float* p_row = p_data + row * dt_;
         if (weights_.bias != nullptr) kernels_.add_scaled(weights_.bias, 1.0f, dt_, p_row);
-        RowSums sums;
+        RowSums& sums = scratch_.sums[row];
         kernels_.sums(p_row, t(row), dt_, &sums);
         const RowTerms& terms = scratch_.terms[row] = this->terms(sums, row);
         if (wants_any()) {
@@ -68,8 +93,9 @@ class FloatTask : public BlockTask {
     }
   }
 
-  // False: some row would cancel, and nothing has been added to the totals.
+  // False: the route may not serve this block, and nothing has been added to the totals.
   bool gram_block() {
+    const GramWeights& gram = lazy_weights_.gram();
     const Matrix u = row_major(scratch_.u.reserve(rows_ * ds_), rows_, ds_);
     const Matrix v = row_major(scratch_.v.reserve(rows_ * ds_), rows_, ds_);
     float *u_data = scratch_.u.get(), *v_data = scratch_.v.get();
@@ -81,10 +107,11 @@ class FloatTask : public BlockTask {
       }
     });
     multiply(u, t_, weights_.projection);
-    multiply(v, x_, weights_.gram);
+    multiply(v, x_, gram.gram);
     torch::stable::parallel_for(0, rows_, 16, [&](int64_t first, int64_t last) {
-      for (int64_t row = first; row < last; ++row) gram_sums(row, u_data, v_data);
+      for (int64_t row = first; row < last; ++row) gram_sums(gram, row, u_data, v_data);
     });
+    if (!is_uncorrelated()) return false;
     for (const RowSums& sums : scratch_.sums) {
       if (!(sums.distance >= CANCELLATION * (sums.r1 + sums.r3))) return false;
     }
@@ -116,22 +143,22 @@ class FloatTask : public BlockTask {
     return true;
   }
 
-  void gram_sums(int64_t row, const float* u_data, float* v_data) {
+  void gram_sums(const GramWeights& gram, int64_t row, const float* u_data, float* v_data) {
     const float* u_row = u_data + row * ds_;
     float* v_row = v_data + row * ds_;
     double dots[2];
     RowSums& sums = scratch_.sums[row];
-    kernels_.add_product(x(row), weights_.diagonal, ds_, v_row);
+    kernels_.add_product(x(row), gram.diagonal, ds_, v_row);
     if (weights_.bias == nullptr) {
       kernels_.two_dots(x(row), u_row, v_row, ds_, dots);
       sums.r2 = dots[0];
       sums.r1 = dots[1];
     } else {  // p = W x + b: v becomes W^T p
       double offset[2], along_bias[2];
-      kernels_.add_scaled(weights_.projected_bias, 1.0f, ds_, v_row);
+      kernels_.add_scaled(gram.projected_bias, 1.0f, ds_, v_row);
       kernels_.two_dots(x(row), u_row, v_row, ds_, dots);
-      kernels_.two_dots(x(row), weights_.projected_bias, weights_.projected_bias, ds_, offset);
-      sums.r1 = dots[1] + offset[0] + weights_.bias_square;
+      kernels_.two_dots(x(row), gram.projected_bias, gram.projected_bias, ds_, offset);
+      sums.r1 = dots[1] + offset[0] + gram.bias_square;
       kernels_.two_dots(t(row), weights_.bias, weights_.bias, dt_, along_bias);
       sums.r2 = dots[0] + along_bias[0];
     }
@@ -186,6 +213,7 @@ class FloatTask : public BlockTask {
   }
 
   Matrix x_{}, t_{};
+  bool is_gram_ = false, is_gram_known_ = false;
 };
 
 }  // namespace fakd

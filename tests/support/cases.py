@@ -18,7 +18,7 @@ class FeatureCase:
     projection: str = "own"  # "own" | "shared" | "none"
     bias: bool = False
     mask: str = "none"  # "none" | "bool" | "float" | "zeros" | "one" | "ones"
-    fill: str = "randn"  # "randn" | "near-2" | "near-3" | "equal" | "zeros" | "huge" | "tiny"
+    fill: str = "randn"  # "randn" | "near-2" | "near-3" | "fitted" | "equal" | "zeros" | "huge" | "tiny"
     layout: str = "plain"  # "plain" | "strided" | "transposed"
     options: dict = field(default_factory=dict)
 
@@ -40,13 +40,14 @@ CASES = (
     FeatureCase("same-width-many", "pairs in one launch", ((19, 33, 33), (64, 96, 96)), "none"),
     FeatureCase("bool-mask", "padding", ((40, 24, 56),), mask="bool"),
     FeatureCase("float-mask", "row weights", ((40, 24, 56), (40, 24, 56)), mask="float"),
-    FeatureCase("float-mask-same", "likewise, not projected", ((40, 56, 56),), "none", mask="float"),
+    FeatureCase("float-mask-same", "likewise, as it is", ((40, 56, 56),), "none", mask="float"),
     FeatureCase("all-masked", "loss 0 and gradient 0", ((12, 8, 20),), mask="zeros"),
-    FeatureCase("all-masked-same", "likewise, not projected", ((12, 20, 20),), "none", mask="zeros"),
+    FeatureCase("all-masked-same", "likewise, as it is", ((12, 20, 20),), "none", mask="zeros"),
     FeatureCase("one-kept", "a single unmasked token", ((12, 8, 20),), mask="one"),
     FeatureCase("near-2", "|p - t| / |t| = 1e-2", ((64, 24, 96),), fill="near-2"),
     FeatureCase("near-3", "|p - t| / |t| = 1e-3", ((64, 24, 96),), fill="near-3"),
     FeatureCase("near-3-same", "likewise, no projection", ((64, 96, 96),), "none", fill="near-3"),
+    FeatureCase("fitted", "t = W x + noise: gradients cancel", ((300, 24, 192),), fill="fitted"),
     FeatureCase("equal", "student = teacher", ((32, 48, 48),), "none", fill="equal"),
     FeatureCase("zeros", "zero rows: the norms are clamped", ((64, 24, 40),), fill="zeros"),
     FeatureCase("zeros-same", "likewise, no projection", ((64, 40, 40),), "none", fill="zeros"),
@@ -65,7 +66,7 @@ CASES = (
 )  # fmt: skip
 CASES_BY_ID = {case.id: case for case in CASES}
 
-_NEAR = {"near-2": 1e-2, "near-3": 1e-3, "equal": 0.0}
+_NEAR = {"near-2": 1e-2, "near-3": 1e-3, "equal": 0.0, "fitted": 0.5}
 _SCALE = {"huge": 1e4, "tiny": 1e-4}
 
 

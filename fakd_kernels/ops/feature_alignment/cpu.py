@@ -52,5 +52,6 @@ def fill(problem: Problem) -> None:
         grad_biases.tensors,
         problem.sums,
         problem.is_squared,
+        problem.is_route_forced,
         problem.eps,
     )

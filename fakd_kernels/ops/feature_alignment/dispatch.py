@@ -87,6 +87,7 @@ def resolve(
         grads[2],
         euclidean == "squared",
         eps,
+        is_route_forced=route != "auto",
     )
     chosen = _engines.choose("feature_alignment", student[0].device, refusals(problem), engine)
     return problem, chosen, wanted(grads)
@@ -102,9 +103,14 @@ def _route(
 ) -> str:
     if projection is None:
         return "none"
-    is_half = student.dtype == projection.dtype == torch.bfloat16
-    if route == "auto" and is_half and _extension.has_bfloat16_products(student.device):
-        return "direct"  # all of its products are bfloat16; the gram route's are not
+    if route == "auto":
+        dtypes = {student.dtype, projection.dtype}
+        if dtypes == {torch.bfloat16} and _extension.has_bfloat16_products(student.device):
+            return "direct"  # all of its products are bfloat16; the gram route's are not
+        if student.device.type == "cuda" and torch.float32 in dtypes:
+            # In float32 the gram route is less accurate once student and teacher correlate, which
+            # a GPU cannot find out without waiting; against half precision it is no loss.
+            return "direct"
     widths = student.shape[1], teacher.shape[1]
     return choose_route(route, student.shape[0], *widths, wants_student, wants_projection)
 

@@ -46,6 +46,9 @@ class Problem:
     grad_biases: list[Tensor | None]  # [Dt] each, to fill
     is_squared: bool  # |p - t|^2 / Dt, else |p - t|
     eps: float
+    # Routes were asked for by name; otherwise an engine may leave the gram route where it would be
+    # less accurate than the direct one.
+    is_route_forced: bool = False
 
     def grad_projection(self, pair: Pair) -> Tensor | None:
         """Where the gradient of the pair's projection goes, None if it is not wanted."""
