@@ -1,0 +1,30 @@
+"""Feature-alignment knowledge distillation of transformers: losses, capture and training."""
+
+from typing import TYPE_CHECKING
+
+from .capture import capture_hidden_states
+from .config import DistillConfig, TrainConfig
+from .losses import FeatureAlignmentLoss
+from .mapping import layer_pairs
+
+if TYPE_CHECKING:
+    from .distiller import Distiller, DistillerOutput
+
+__all__ = [
+    "DistillConfig",
+    "Distiller",
+    "DistillerOutput",
+    "FeatureAlignmentLoss",
+    "TrainConfig",
+    "capture_hidden_states",
+    "layer_pairs",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Imported when asked for: the distiller needs transformers, the losses need torch alone.
+    if name in ("Distiller", "DistillerOutput"):
+        from . import distiller
+
+        return getattr(distiller, name)
+    raise AttributeError(f"module 'fakd' has no attribute {name!r}")

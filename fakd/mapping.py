@@ -1,0 +1,121 @@
+"""Which student layer learns from which teacher layer: pure functions on integers.
+
+Layer k is hidden state k, counted as in Hugging Face's `hidden_states`: 0 is what enters the first
+block (the embeddings), k is what leaves block k, and the last one leaves the last block. A map is
+a list of (student_layer, teacher_layer).
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+LayerPairs = list[tuple[int, int]]
+PRESETS = ("uniform", "last", "last_k", "all")
+
+
+def layer_pairs(
+    mapping: str | Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
+) -> LayerPairs:
+    """Turn a preset's name, or explicit pairs, into a checked map.
+
+    Args:
+        mapping: "uniform" | "last" | "last_3" (any number) | "all", or explicit pairs such as
+            `[(1, 2), (3, 6)]`. See the function of each preset.
+        student_layers: blocks of the student, > 0.
+        teacher_layers: blocks of the teacher, > 0.
+
+    Returns:
+        (student_layer, teacher_layer) for each pair, in the order of the student's layers for
+        presets and as given for explicit pairs.
+
+    Raises:
+        ValueError: unknown preset, no pair, a layer that the model lacks, a pair given twice.
+        TypeError: a pair that is not two integers.
+    """
+    for name, count in (("student_layers", student_layers), ("teacher_layers", teacher_layers)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1: got {count}; pass the number of blocks.")
+    if isinstance(mapping, str):
+        pairs = _preset(mapping, student_layers, teacher_layers)
+    else:
+        pairs = [_pair(index, pair) for index, pair in enumerate(mapping)]
+    _check(pairs, student_layers, teacher_layers)
+    return pairs
+
+
+def uniform(student_layers: int, teacher_layers: int) -> LayerPairs:
+    """Spread the student's blocks evenly over the teacher's; the last learns from the last."""
+    return [
+        (layer, ceil(layer * teacher_layers / student_layers))
+        for layer in range(1, student_layers + 1)
+    ]
+
+
+def last(student_layers: int, teacher_layers: int) -> LayerPairs:
+    """The last block learns from the last block."""
+    return last_k(student_layers, teacher_layers, 1)
+
+
+def last_k(student_layers: int, teacher_layers: int, k: int) -> LayerPairs:
+    """The last k blocks learn from the teacher's last k, one from one."""
+    most = min(student_layers, teacher_layers)
+    if not 1 <= k <= most:
+        raise ValueError(
+            f"k of mapping 'last_k' must be from 1 to {most}, the blocks of the smaller model: "
+            f"got {k}; choose fewer layers."
+        )
+    return [(student_layers - i, teacher_layers - i) for i in reversed(range(k))]
+
+
+def all_layers(student_layers: int, teacher_layers: int) -> LayerPairs:
+    """Every hidden state of the student: the embeddings from the embeddings, then `uniform`."""
+    return [(0, 0), *uniform(student_layers, teacher_layers)]
+
+
+def _preset(name: str, student_layers: int, teacher_layers: int) -> LayerPairs:
+    if match := re.fullmatch(r"last_(\d+)", name):
+        return last_k(student_layers, teacher_layers, int(match[1]))
+    presets = {"uniform": uniform, "last": last, "all": all_layers}
+    if name in presets:
+        return presets[name](student_layers, teacher_layers)
+    if name == "last_k":
+        remedy = "put the number in place of k, as in 'last_3'"
+    else:
+        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
+        remedy = f"did you mean {close!r}?"
+    raise ValueError(
+        f"mapping must be 'uniform', 'last', 'last_<number>', 'all' or a list of pairs: "
+        f"got {name!r}; {remedy}"
+    )
+
+
+def _pair(index: int, pair: Any) -> tuple[int, int]:
+    is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+    if not is_pair or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+        raise TypeError(
+            f"mapping[{index}] must be (student_layer, teacher_layer), two integers: "
+            f"got {pair!r}; write it as in (1, 2)."
+        )
+    return pair[0], pair[1]
+
+
+def _check(pairs: LayerPairs, student_layers: int, teacher_layers: int) -> None:
+    if not pairs:
+        raise ValueError(
+            "mapping must hold at least one pair: got an empty list; pass [(student, teacher)]."
+        )
+    for index, pair in enumerate(pairs):
+        sides = (("student", pair[0], student_layers), ("teacher", pair[1], teacher_layers))
+        for name, layer, count in sides:
+            if not 0 <= layer <= count:
+                raise ValueError(
+                    f"mapping[{index}] must name a {name} layer from 0 (embeddings) to {count}: "
+                    f"got {layer}; the {name} has {count} blocks."
+                )
+        if pair in pairs[:index]:
+            raise ValueError(
+                f"mapping must name each pair once: got {pair} twice; drop one, or raise its "
+                "weight with pair_weights."
+            )

@@ -1,0 +1,263 @@
+"""Scores, the sentence that judges them, and the report: tables, loss curves and the layer map."""
+
+import html
+import io
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from rich.table import Table
+from sklearn.metrics import accuracy_score, f1_score
+
+from .measure import Cost
+
+LABELS_ONLY = "labels only"
+WITH_FEATURES = "labels + features"
+
+_COLORS = {LABELS_ONLY: "#8a8f98", WITH_FEATURES: "#1f6feb"}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #57606a }
+th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #d0d7de }
+th:first-child, td:first-child { text-align: left } svg { max-width: 100%; height: auto }
+.verdict { border-left: 4px solid #1f6feb; padding: .4rem 1rem; background: #f6f8fa }
+"""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well held-out rows are classified, from 0 to 1."""
+
+    accuracy: float
+    macro_f1: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One trained model."""
+
+    name: str
+    seed: int
+    parameters: int
+    predicted: list[int]
+    scores: Scores
+    log: list[dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that the report shows."""
+
+    title: str
+    setting: str  # in one sentence, what was trained on what
+    truth: list[int]
+    teacher: Trained
+    students: list[Trained]
+    pairs: list[tuple[int, int]]
+    layers: tuple[int, int]  # blocks of the student and of the teacher
+    widths: tuple[int, int]  # features of the student and of the teacher
+    costs: dict[str, Cost]
+    cost_setting: str  # in one sentence, what was measured
+    environment: str
+
+    def arm(self, name: str) -> list[Trained]:
+        """The students of one way of training, in the order of their seeds."""
+        return [student for student in self.students if student.name == name]
+
+
+def score(truth: Sequence[int], predicted: Sequence[int]) -> Scores:
+    return Scores(
+        float(accuracy_score(truth, predicted)),
+        float(f1_score(truth, predicted, average="macro", zero_division=0)),
+    )
+
+
+def verdict(results: Results) -> str:
+    """Say whether feature alignment helped, from the numbers.
+
+    Noise is twice the standard error of a gain over the held-out rows. The gain counts as real if
+    every seed gains by more than its noise, so neither a lucky start nor a lucky row decides.
+    """
+    plain, aligned = results.arm(LABELS_ONLY), results.arm(WITH_FEATURES)
+    gains, noises = zip(
+        *(_gain(results.truth, p, f) for p, f in zip(plain, aligned, strict=True)), strict=True
+    )
+    f1_gain = 100 * (
+        statistics.mean(run.scores.macro_f1 for run in aligned)
+        - statistics.mean(run.scores.macro_f1 for run in plain)
+    )
+    if all(gain > noise for gain, noise in zip(gains, noises, strict=True)):
+        judged = "Feature alignment helped: every seed gains by more than noise"
+    elif all(-gain > noise for gain, noise in zip(gains, noises, strict=True)):
+        judged = "Feature alignment hurt: every seed loses by more than noise"
+    elif min(gains) > 0:
+        judged = "Feature alignment may have helped: every seed gains, not every one beyond noise"
+    else:
+        judged = "No clear difference: the change is within noise"
+    if len(gains) == 1:
+        judged += " (one seed only: not a safe conclusion)"
+    seeds = ", ".join(f"{g:+.1f} ± {n:.1f}" for g, n in zip(gains, noises, strict=True))
+    return (
+        f"{judged}. Accuracy {statistics.mean(gains):+.1f} points (by seed, with twice the "
+        f"standard error over the held-out rows: {seeds}), macro-F1 {f1_gain:+.1f} points."
+    )
+
+
+def _gain(truth: Sequence[int], plain: Trained, aligned: Trained) -> tuple[float, float]:
+    """Points of accuracy that the second run gains on the first, and the noise in that."""
+    differences = [
+        (f == t) - (p == t)
+        for p, f, t in zip(plain.predicted, aligned.predicted, truth, strict=True)
+    ]
+    noise = 2 * statistics.stdev(differences) / len(differences) ** 0.5
+    return 100 * statistics.mean(differences), 100 * noise
+
+
+def score_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the table of scores."""
+    columns = ["model", "accuracy %", "macro-F1 %", "parameters"]
+    rows = [["teacher", *_row([results.teacher])]]
+    for name in (LABELS_ONLY, WITH_FEATURES):
+        arm = results.arm(name)
+        rows.append([f"student, {name}", *_row(arm)])
+        if len(arm) > 1:
+            rows += [[f"  seed {run.seed}", *_row([run])] for run in arm]
+    return columns, rows
+
+
+def cost_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the table of costs."""
+    columns = ["loss", "step, ms", "loss alone, ms", "loss alone, peak memory MB"]
+    rows = []
+    for name, cost in results.costs.items():
+        peak = cost.loss_peak_bytes
+        memory = "not measured" if peak is None else f"{peak / 1e6:.1f}"
+        rows.append([name, f"{cost.step_ms:.0f}", f"{cost.loss_ms:.1f}", memory])
+    return columns, rows
+
+
+def to_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
+    """A table for the terminal."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def to_html(results: Results) -> str:
+    """The report as one file that needs no other."""
+    parts = [
+        f"<h1>{html.escape(results.title)}</h1>",
+        f"<p>{html.escape(results.setting)}</p>",
+        f"<p class='verdict'>{html.escape(verdict(results))}</p>",
+        _html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(results)),
+        "<h2>Cost</h2>",
+        f"<p>{html.escape(results.cost_setting)}</p>",
+        _html_table("Fused loss beside the same loss in plain PyTorch.", *cost_rows(results)),
+        "<h2>Loss curves</h2>",
+        draw_curves(results),
+        "<h2>Layer map</h2>",
+        draw_layer_map(results),
+        f"<p><small>{html.escape(results.environment)}</small></p>",
+    ]
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
+        f"<title>{html.escape(results.title)}</title><style>{_STYLE}</style>\n"
+        + "\n".join(parts)
+        + "\n</html>\n"
+    )
+
+
+def draw_curves(results: Results) -> str:
+    """SVG: the loss with labels of both students, and the two terms of the features."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for run in results.students:
+        label = run.name if run.seed == results.students[0].seed else None
+        steps = [line["step"] for line in run.log]
+        left.plot(steps, [line["task"] for line in run.log], color=_COLORS[run.name], label=label)
+    for name, style in (("cosine", "-"), ("euclidean", "--")):
+        for index, run in enumerate(results.arm(WITH_FEATURES)):
+            steps = [line["step"] for line in run.log]
+            values = [line[name] for line in run.log]
+            color = _COLORS[WITH_FEATURES]
+            label = None if index else name
+            right.plot(steps, values, style, color=color, label=label)
+    left.set(title="cross-entropy on the labelled rows", yscale="log")
+    right.set(title="distance of the hidden states, mean over pairs", ylim=(0, None))
+    for axis in (left, right):
+        axis.set(xlabel="step")
+        axis.legend(frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def draw_layer_map(results: Results) -> str:
+    """SVG: the layers of both models, and a line for every pair."""
+    (student_layers, teacher_layers), pairs = results.layers, results.pairs
+    tallest = max(student_layers, teacher_layers)
+    figure, axis = plt.subplots(figsize=(6, 0.5 * tallest + 1.3), layout="constrained")
+
+    def height(layer: int, count: int) -> float:
+        return layer * tallest / count
+
+    sides = (("student", 0.0, student_layers, results.widths[0], 0),)
+    sides += (("teacher", 1.0, teacher_layers, results.widths[1], 1),)
+    for name, x, count, width, side in sides:
+        used = {pair[side] for pair in pairs}
+        for layer in range(count + 1):
+            is_used = layer in used
+            axis.text(
+                x,
+                height(layer, count),
+                f"layer {layer}" if layer else "embeddings",
+                ha="center",
+                va="center",
+                color="black" if is_used else "#8a8f98",
+                bbox={
+                    "boxstyle": "round,pad=0.35",
+                    "facecolor": "#ddf4ff" if is_used else "#f6f8fa",
+                    "edgecolor": "#1f6feb" if is_used else "#d0d7de",
+                },
+            )
+        axis.text(x, tallest + 0.8, f"{name}, {width} wide", ha="center", weight="bold")
+    for student, teacher in pairs:
+        ends = height(student, student_layers), height(teacher, teacher_layers)
+        axis.plot([0, 1], ends, color="#1f6feb", linewidth=1.5, zorder=1)
+    axis.set(xlim=(-0.3, 1.3), ylim=(-0.5, tallest + 1.3))
+    axis.axis("off")
+    return _svg(figure)
+
+
+def _row(runs: list[Trained]) -> list[str]:
+    accuracy = _mean_and_spread([100 * run.scores.accuracy for run in runs])
+    macro_f1 = _mean_and_spread([100 * run.scores.macro_f1 for run in runs])
+    return [accuracy, macro_f1, f"{runs[0].parameters / 1e6:.1f} M"]
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def _html_table(caption: str, columns: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    plt.close(figure)
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

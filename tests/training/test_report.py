@@ -1,0 +1,127 @@
+"""Scores, the judging sentence, the tables and the drawings."""
+
+import io
+import re
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+from rich.console import Console
+
+from fakd import report
+from fakd.measure import Cost
+
+TRUTH = [index % 4 for index in range(400)]
+
+
+def predictions(wrong: int, offset: int = 0) -> list[int]:
+    """The truth, but for so many rows."""
+    bad = {(offset + 7 * index) % len(TRUTH) for index in range(wrong)}
+    return [(t + 1) % 4 if row in bad else t for row, t in enumerate(TRUTH)]
+
+
+def trained(name: str, seed: int, wrong: int) -> report.Trained:
+    predicted = predictions(wrong, offset=seed)
+    log = [
+        {"step": step, "task": 2.0 / step, "cosine": 1.0 / step, "euclidean": 0.5 / step}
+        for step in (5, 10, 15)
+    ]
+    return report.Trained(name, seed, 7_300_000, predicted, report.score(TRUTH, predicted), log)
+
+
+def results(labels_only=(100, 104), with_features=(40, 52)) -> report.Results:
+    students = [
+        trained(name, seed, wrong)
+        for name, arm in ((report.LABELS_ONLY, labels_only), (report.WITH_FEATURES, with_features))
+        for seed, wrong in enumerate(arm)
+    ]
+    return report.Results(
+        title="Alignment on <tiny>",
+        setting="One sentence.",
+        truth=TRUTH,
+        teacher=trained("teacher", 0, 20),
+        students=students,
+        pairs=[(1, 2), (3, 6)],
+        layers=(3, 6),
+        widths=(192, 384),
+        costs={"fused": Cost(210.4, 8.81, 6_692_864), "eager": Cost(230.0, 20.2, None)},
+        cost_setting="How it was measured.",
+        environment="torch 1",
+    )
+
+
+def test_scores():
+    assert report.score([0, 0, 1, 1], [0, 0, 1, 0]) == report.Scores(
+        0.75, pytest.approx((0.8 + 2 / 3) / 2)
+    )
+    # A class that is never predicted counts with 0, without a warning.
+    assert report.score([0, 1], [0, 0]).macro_f1 == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("labels_only", "with_features", "match"),
+    [
+        ((100, 104), (40, 52), r"^Feature alignment helped: every seed .* Accuracy \+14\.0"),
+        ((40, 52), (100, 104), r"^Feature alignment hurt: every seed .* Accuracy -14\.0"),
+        ((100, 100), (99, 40), r"^Feature alignment may have helped: .* Accuracy \+7\.6"),
+        ((100, 40), (40, 50), r"^No clear difference: .* Accuracy \+6\.2"),
+        ((100, 100), (100, 100), r"^No clear difference: .* Accuracy \+0\.0 points"),
+        ((100,), (40,), r"more than noise \(one seed only: not a safe conclusion\)"),
+    ],
+)
+def test_verdict_follows_from_the_numbers(labels_only, with_features, match):
+    assert re.search(match, report.verdict(results(labels_only, with_features)))
+
+
+def test_verdict_gives_the_noise_of_every_seed():
+    # 60 and 52 rows of 400 change from wrong to right, and none the other way.
+    noises = [200 * (n / 399 * (1 - n / 400) / 400) ** 0.5 for n in (60, 52)]
+    expected = f"+15.0 ± {noises[0]:.1f}, +13.0 ± {noises[1]:.1f})"
+    assert expected in report.verdict(results())
+
+
+def test_tables():
+    columns, rows = report.score_rows(results())
+    assert columns == ["model", "accuracy %", "macro-F1 %", "parameters"]
+    assert [row[0] for row in rows] == [
+        "teacher",
+        "student, labels only",
+        "  seed 0",
+        "  seed 1",
+        "student, labels + features",
+        "  seed 0",
+        "  seed 1",
+    ]
+    assert rows[0][1] == "95.0"
+    assert rows[1][1] == "74.5 ± 0.7"
+    assert rows[5][1] == "90.0"
+    assert report.cost_rows(results())[1] == [
+        ["fused", "210", "8.8", "6.7"],
+        ["eager", "230", "20.2", "not measured"],
+    ]
+
+
+def test_tables_fit_a_narrow_terminal():
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report.to_table("Held-out rows", *report.score_rows(results())))
+    assert "student, labels + features" in console.export_text()
+
+
+def test_html_is_complete_and_escaped():
+    page = report.to_html(results())
+    assert "<h1>Alignment on &lt;tiny&gt;</h1>" in page
+    assert report.verdict(results()) in page
+    assert page.count("<svg") == 2
+    assert page.count("<table>") == 2
+    # Self-contained: nothing is loaded from elsewhere.
+    assert not re.search(r"<(script|link|img)|src=", page)
+
+
+def test_drawings_are_well_formed():
+    curves = report.draw_curves(results())
+    layer_map = report.draw_layer_map(replace(results(), pairs=[(0, 0), (3, 6)]))
+    for svg in (curves, layer_map):
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "labels + features" in curves
+    for text in ("embeddings", "layer 6", "student, 192 wide", "teacher, 384 wide"):
+        assert text in layer_map

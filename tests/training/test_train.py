@@ -1,0 +1,143 @@
+"""The loop: it learns, it logs, it repeats itself exactly, and it stops at a broken loss."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from fakd import Distiller, TrainConfig
+from fakd.train import NonFiniteLoss, predict, train
+from tests.support.models import tiny_batch, tiny_model
+
+
+def make(**options) -> Distiller:
+    teacher = tiny_model(layers=4, width=32, labels=3, seed=1)
+    student = tiny_model(layers=2, width=16, labels=3, seed=2)
+    torch.manual_seed(3)
+    return Distiller(teacher, student, **options)
+
+
+def batches(count: int) -> list[dict]:
+    return [tiny_batch(8, labels=3, seed=index % 4) for index in range(count)]
+
+
+def test_every_term_falls():
+    log = train(make(), batches(60), TrainConfig(learning_rate=1e-2, log_every=10))
+    for name in ("loss", "task", "cosine", "euclidean"):
+        assert log[-1][name] < 0.8 * log[0][name], name
+
+
+def test_log(tmp_path):
+    path = tmp_path / "new" / "log.jsonl"
+    log = train(make(task_weight=0.5), batches(7), TrainConfig(log_every=3), log_path=path)
+    assert [line["step"] for line in log] == [3, 6, 7]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == log
+    for line in log:
+        terms = [line[f"weighted_{name}"] for name in ("task", "cosine", "euclidean")]
+        assert line["loss"] == pytest.approx(sum(terms), rel=1e-5)
+        assert line["weighted_task"] == pytest.approx(0.5 * line["task"])
+        assert line["step_seconds"] > 0
+
+
+def test_learning_rate_rises_then_falls():
+    log = train(make(), batches(10), TrainConfig(learning_rate=1.0e-3, warmup=0.3, log_every=1))
+    rates = [line["learning_rate"] for line in log]
+    assert rates[0] == 0
+    assert max(rates) == rates[3] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-3 / 7)
+
+
+def test_same_seed_same_weights():
+    first, second = make(), make()
+    for distiller in (first, second):
+        train(distiller, batches(4), TrainConfig(seed=5))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_teacher_is_untouched():
+    distiller = make()
+    before = copy.deepcopy(distiller.teacher.state_dict())
+    train(distiller, batches(3), TrainConfig(learning_rate=0.1))
+    for name, tensor in distiller.teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_vectors_do_not_decay():
+    distiller = make()
+    with torch.no_grad():
+        distiller.student.classifier.bias.fill_(1.0)
+    before = copy.deepcopy(distiller.student.state_dict())
+    # All weights 0 leave only the decay to move anything.
+    distiller.task_weight = 0.0
+    distiller.feature.cosine_weight = distiller.feature.euclidean_weight = 0.0
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.5, warmup=0.0)
+    train(distiller, batches(3), config)
+    after = distiller.student.state_dict()
+    assert torch.equal(after["classifier.bias"], before["classifier.bias"])
+    word = "bert.encoder.layer.0.output.dense.weight"
+    assert after[word].norm() < 0.95 * before[word].norm()
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"),
+    [
+        ("features", r"got nan in step 2, from cosine and euclidean \(cosine = nan, .*task = "),
+        ("task", r"got inf in step 2, from task \(cosine = "),
+    ],
+)
+def test_broken_loss_names_its_term_and_spares_the_weights(broken, match):
+    distiller, weights = make(), []
+
+    def remember(_module, _args):
+        weights.append(copy.deepcopy(distiller.student.state_dict()))
+
+    def break_features(_module, _args, output):
+        return output * float("nan") if len(weights) == 1 else output
+
+    def break_task(_module, _args, output):
+        if len(weights) == 2:
+            output["loss"] = output["loss"] * float("inf")
+        return output
+
+    distiller.student.register_forward_pre_hook(remember)
+    if broken == "features":
+        distiller.teacher.bert.encoder.layer[-1].register_forward_hook(break_features)
+    else:
+        distiller.student.register_forward_hook(break_task)
+    with pytest.raises(NonFiniteLoss, match=match):
+        train(distiller, batches(4), TrainConfig(learning_rate=1e-2))
+    assert len(weights) == 2
+    for name, tensor in distiller.student.state_dict().items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+
+def test_nothing_to_train_on():
+    with pytest.raises(ValueError, match="batches must hold at least one step"):
+        train(make(), [], TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be > 0: got 0.0"),
+        ({"log_every": 0}, "log_every must be > 0: got 0"),
+        ({"warmup": 1.5}, "warmup must be from 0 to 1: got 1.5"),
+        ({"weight_decay": -1.0}, "weight_decay must be >= 0: got -1.0"),
+        ({"max_grad_norm": float("nan")}, "max_grad_norm must be > 0: got nan"),
+    ],
+)
+def test_impossible_settings(options, match):
+    with pytest.raises(ValueError, match=match):
+        TrainConfig(**options)
+
+
+def test_predict():
+    model = tiny_model(labels=3).train()
+    loader = batches(2)
+    classes = predict(model, loader)
+    assert model.training
+    model.eval()
+    expected = [model(**batch).logits.argmax(-1).tolist() for batch in loader]
+    assert classes == expected[0] + expected[1]
