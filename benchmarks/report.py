@@ -23,9 +23,9 @@ def markdown(path: Path) -> str:
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
         f"{where['date']}, commit {where['commit']}"
         + (" with local changes" if where["dirty"] else "")
-        + f" ([{path.name}](benchmarks/results/{path.name})):",
+        + f" ([{path.name}](benchmarks/results/{path.name})). Ratios are of medians of one run:",
         "",
-        "| layer pairs, dtype | fakd | than eager | than torch.compile | of the limit | peak memory |",
+        "| layer pairs, dtype | fakd | eager | torch.compile | limit | extra peak memory |",
         "|---|---|---|---|---|---|",
     ]
     for row in record["rows"]:

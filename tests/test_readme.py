@@ -41,7 +41,8 @@ def test_commands_exist():
 
 def test_versions_are_those_of_pyproject():
     pyproject = (ROOT / "pyproject.toml").read_text()
-    python, torch = re.search(r"Python ([\d.]+) or newer and torch ([\d.]+) or newer", README).groups()
+    sentence = r"Python ([\d.]+) or newer and torch ([\d.]+) or newer"
+    python, torch = re.search(sentence, README).groups()
     assert f'requires-python = ">={python}"' in pyproject
     assert f'dependencies = ["torch>={torch}"]' in pyproject
 

@@ -18,7 +18,8 @@ class FeatureCase:
     projection: str = "own"  # "own" | "shared" | "none"
     bias: bool = False
     mask: str = "none"  # "none" | "bool" | "float" | "zeros" | "one" | "ones"
-    fill: str = "randn"  # "randn" | "near-2" | "near-3" | "fitted" | "equal" | "zeros" | "huge" | "tiny"
+    # "randn" | "near-2" | "near-3" | "fitted" | "equal" | "zeros" | "huge" | "tiny"
+    fill: str = "randn"
     layout: str = "plain"  # "plain" | "strided" | "transposed"
     options: dict = field(default_factory=dict)
 
