@@ -240,6 +240,23 @@ def test_float16_gradients_survive_until_the_loss_scale_reaches_them():
     assert torch.linalg.vector_norm(small * 2.0**16 - want) > 0.5 * torch.linalg.vector_norm(want)
 
 
+def test_autocast_casts_what_linear_would():
+    student = torch.randn(40, 24, requires_grad=True)
+    teacher = torch.randn(40, 56)
+    weight = torch.randn(56, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=BF16):
+        got = feature_alignment([student, teacher], [teacher, teacher], [weight, None]).loss
+    cast = student.to(BF16), weight.to(BF16)
+    want = feature_alignment([cast[0], teacher], [teacher, teacher], [cast[1], None]).loss
+    assert got == want
+    leaves = [student, weight]
+    for a, b in zip(
+        torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True
+    ):
+        assert a.dtype == F32
+        assert torch.equal(a, b)
+
+
 def test_backward_twice_over_a_retained_graph():
     student = torch.randn(9, 8, requires_grad=True)
     result = feature_alignment(student, torch.randn(9, 8))

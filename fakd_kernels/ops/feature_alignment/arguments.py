@@ -97,6 +97,14 @@ class Arguments:
         unique_projections, projection_of = _unique(projections)
         unique_biases, bias_of = _unique(biases)
         unique_masks, row_weights_of = _unique(masks)
+        if torch.is_autocast_enabled(device.type):  # what F.linear does to its arguments
+            half = torch.get_autocast_dtype(device.type)
+            students = [
+                tensor if weight is None else _autocast(tensor, half)
+                for tensor, weight in zip(students, projections, strict=True)
+            ]
+            unique_projections = [_autocast(tensor, half) for tensor in unique_projections]
+            unique_biases = [_autocast(tensor, half) for tensor in unique_biases]
         return Arguments(
             [_rows(tensor) for tensor in students],
             [_rows(tensor.detach()) for tensor in teachers],
@@ -220,6 +228,10 @@ def pair_weights_of(weights, count: int, device: torch.device, work: torch.dtype
     for index, weight in enumerate(weights):
         _validate.check_number(f"pair_weights[{index}]", weight)
     return torch.tensor([float(weight) for weight in weights], dtype=work, device=device)
+
+
+def _autocast(tensor: Tensor, half: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(half)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def feature_alignment(
     Numerics:
         Products and sums accumulate in float32 (float64 for float64 inputs). Gradients have the
         dtype of their tensor; those of float16 tensors stay in float32 until backward, so they do
-        not underflow before a loss scaler's factor reaches them. The gram route returns to the
+        not underflow before a loss scaler's factor reaches them. Under autocast, students with a
+        projection, projections and biases are cast as `F.linear` casts them. The gram route returns to the
         direct one for rows where |p - t|^2 would cancel. Deterministic on every engine. NaN and
         inf in counted rows reach the loss. Zero rows: cosine 0, finite gradients.
 
