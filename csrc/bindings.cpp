@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention_kl.h"
 #include "cpu/feature_alignment.h"
 #include "cpu/feature_bfloat16.h"
 
@@ -98,6 +99,80 @@ void feature_alignment(
   fakd::feature_alignment(problem);
 }
 
+fakd::Heads heads_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.dim() == 4 && (tensor.size(3) <= 1 || tensor.stride(3) == 1),
+      "fakd_ext takes CPU tensors [B, H, T, K] with a contiguous last axis only.");
+  fakd::Heads heads;
+  heads.data = const_cast<void*>(tensor.const_data_ptr());
+  heads.dtype = dtype_of(tensor);
+  heads.batch = tensor.size(0);
+  heads.heads = tensor.size(1);
+  heads.tokens = tensor.size(2);
+  heads.width = tensor.size(3);
+  heads.batch_stride = tensor.stride(0);
+  heads.head_stride = tensor.stride(1);
+  heads.token_stride = tensor.stride(2);
+  return heads;
+}
+
+fakd::Heads pick_heads(const std::vector<Tensor>& tensors, int64_t index) {
+  return index < 0 ? fakd::Heads{} : heads_of(tensors.at(size_t(index)));
+}
+
+// `places` is [L, 3] by rows: the pair's row weights, query gradient and key gradient as places in
+// the lists (-1: absent); `teacher_heads` holds the teacher head of every student head, pair after
+// pair.
+void attention_kl(
+    std::vector<Tensor> student_q, std::vector<Tensor> student_k, std::vector<Tensor> teacher_q,
+    std::vector<Tensor> teacher_k, std::vector<Tensor> row_weights, Tensor coefficients,
+    std::vector<int64_t> places, std::vector<int64_t> teacher_heads, std::vector<Tensor> grads,
+    std::vector<Tensor> sums, std::vector<double> student_scale, std::vector<double> teacher_scale,
+    double student_softcap, double teacher_softcap, double temperature, bool is_causal,
+    int64_t window, int64_t distance) {
+  const size_t count = student_q.size();
+  STD_TORCH_CHECK(
+      student_k.size() == count && teacher_q.size() == count && teacher_k.size() == count &&
+          places.size() == 3 * count && sums.size() == count && student_scale.size() == count &&
+          teacher_scale.size() == count && coefficients.numel() == int64_t(count) &&
+          coefficients.is_contiguous() && dtype_of(coefficients) == Dtype::float32,
+      "fakd_ext::attention_kl was given lists of unequal length.");
+  const float* gains = static_cast<const float*>(coefficients.const_data_ptr());
+  fakd::AttentionProblem problem;
+  int64_t begin = 0;
+  for (size_t index = 0; index < count; ++index) {
+    fakd::AttentionPair pair;
+    pair.student_q = heads_of(student_q[index]);
+    pair.student_k = heads_of(student_k[index]);
+    pair.teacher_q = heads_of(teacher_q[index]);
+    pair.teacher_k = heads_of(teacher_k[index]);
+    if (places[3 * index] >= 0) {
+      const Tensor& weights = row_weights.at(size_t(places[3 * index]));
+      STD_TORCH_CHECK(
+          weights.is_contiguous() && dtype_of(weights) == Dtype::float32,
+          "fakd_ext::attention_kl takes contiguous float32 row weights.");
+      pair.row_weights = static_cast<const float*>(weights.const_data_ptr());
+    }
+    pair.grad_q = pick_heads(grads, places[3 * index + 1]);
+    pair.grad_k = pick_heads(grads, places[3 * index + 2]);
+    pair.teacher_heads = teacher_heads.data() + begin;
+    begin += pair.student_q.heads;
+    STD_TORCH_CHECK(
+        begin <= int64_t(teacher_heads.size()) && sums[index].numel() == pair.student_q.heads,
+        "fakd_ext::attention_kl was given too few heads.");
+    const float inverse_temperature = float(1.0 / temperature);
+    pair.student = {float(student_scale[index]), float(student_softcap), inverse_temperature};
+    pair.teacher = {float(teacher_scale[index]), float(teacher_softcap), inverse_temperature};
+    pair.coefficient = gains[index];
+    pair.sums = static_cast<float*>(sums[index].mutable_data_ptr());
+    problem.pairs.push_back(pair);
+  }
+  problem.is_causal = is_causal;
+  problem.window = window;
+  problem.distance = static_cast<fakd::ScoreDistance>(distance);
+  fakd::attention_kl(problem);
+}
+
 std::string isa() { return fakd::row_kernels().name; }
 
 bool has_bfloat16_products() { return fakd::has_bfloat16_products(); }
@@ -112,6 +187,12 @@ STABLE_TORCH_LIBRARY(fakd_ext, m) {
       "Tensor[] biases, Tensor[] row_weights, Tensor coefficients, int[] places, "
       "Tensor(a!)[] grad_student, Tensor(b!)[] grad_projections, Tensor(c!)[] grad_biases, "
       "Tensor(d!) sums, bool is_squared, bool is_route_forced, float eps) -> ()");
+  m.def(
+      "attention_kl(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, "
+      "Tensor[] teacher_k, Tensor[] row_weights, Tensor coefficients, int[] places, "
+      "int[] teacher_heads, Tensor(a!)[] grads, Tensor(b!)[] sums, float[] student_scale, "
+      "float[] teacher_scale, float student_softcap, float teacher_softcap, float temperature, "
+      "bool is_causal, int window, int distance) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {
@@ -121,4 +202,5 @@ STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CPU, m) {
   m.impl("feature_alignment", TORCH_BOX(&feature_alignment));
+  m.impl("attention_kl", TORCH_BOX(&attention_kl));
 }

@@ -59,6 +59,14 @@ def check_count(name: str, received: int, expected: int) -> None:
         )
 
 
+def check_count_of(name: str, received: int, expected: int, what: str) -> None:
+    if received != expected:
+        raise ValueError(
+            f"{name} must have one entry per {what}: got {received} for {expected}; "
+            "make the list as long."
+        )
+
+
 def check_float(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(

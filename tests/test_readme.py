@@ -55,7 +55,7 @@ def test_folders_exist(name):
 def test_ops_of_the_table_are_public():
     import fakd_kernels
 
-    table = README.split("## The op")[1].split("\n\n")[1]
+    table = README.split("## The ops")[1].split("\n\n")[1]
     ops = re.findall(r"^\| `(\w+)`", table, flags=re.MULTILINE)
     assert ops
     for op in ops:

@@ -3,6 +3,7 @@
 
 #include "row_kernels.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

@@ -19,6 +19,23 @@ struct RowWeights {
   float student, teacher, difference;
 };
 
+enum class ScoreDistance { kl, reverse_kl, mse };
+
+// What becomes of raw products q.k: softcap * tanh(scale q.k / softcap) / temperature.
+struct ScoreSide {
+  float scale = 1, softcap = 0, inverse_temperature = 1;  // softcap 0: none
+};
+
+// One query row. Up to 15 elements behind each row of n are overwritten.
+struct ScoreRow {
+  float* student_scores;  // raw; become the gradient by them
+  float* teacher_scores;  // raw; lost
+  float* slope;           // room for n elements and the 15, where the student has a softcap
+  int64_t n;
+  ScoreSide student, teacher;
+  ScoreDistance distance;
+};
+
 struct RowKernels {
   const char* name;  // "avx512" | "avx2" | "neon" | "baseline"
 
@@ -38,6 +55,8 @@ struct RowKernels {
   void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
   // out += x * y, element by element.
   void (*add_product)(const float* x, const float* y, int64_t n, float* out);
+  // The distance of a row, and in place of the student's scores its gradient times gain.
+  double (*score_row)(const ScoreRow& row, float gain, bool wants_grad);
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);

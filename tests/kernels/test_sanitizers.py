@@ -29,6 +29,16 @@ for case in CASES:
                 loss = inputs.call(engine="cpu", route=route).loss
                 torch.autograd.grad(loss, list(inputs.leaves.values()))
                 count += 1
+from tests.support.attention_cases import CASES, make_inputs
+for case in CASES:
+    if case.options.get("heads") == "mean":
+        continue
+    for dtypes in ((torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)):
+        inputs = make_inputs(case, *dtypes)
+        for distance in ("kl", "reverse_kl", "mse"):
+            loss = inputs.call(engine="cpu", distance=distance).loss
+            torch.autograd.grad(loss, list(inputs.leaves.values()))
+            count += 1
 print(count, "calls were clean")
 """
 

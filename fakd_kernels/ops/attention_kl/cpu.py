@@ -1,0 +1,47 @@
+"""Launcher of the C++ engine: `csrc/cpu/attention_kl.cpp` fills the buffers."""
+
+import torch
+
+from .problem import Problem
+
+DISTANCES = {"kl": 0, "reverse_kl": 1, "mse": 2}
+
+
+def fill(problem: Problem) -> None:
+    """Fill the sums and every wanted gradient."""
+    row_weights, grads, places = [], [], []
+
+    def place(tensors: list, tensor) -> int:
+        if tensor is None:
+            return -1
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    for pair in problem.pairs:
+        places += [
+            place(row_weights, pair.row_weights),
+            place(grads, pair.grad_q),
+            place(grads, pair.grad_k),
+        ]
+    sides = [(pair.student, pair.teacher) for pair in problem.pairs]
+    student, teacher = problem.pairs[0].student, problem.pairs[0].teacher
+    torch.ops.fakd_ext.attention_kl(
+        [s.q for s, _ in sides],
+        [s.k for s, _ in sides],
+        [t.q for _, t in sides],
+        [t.k for _, t in sides],
+        row_weights,
+        problem.coefficients.contiguous(),
+        places,
+        [head for pair in problem.pairs for head in pair.teacher_heads],
+        grads,
+        [pair.sums for pair in problem.pairs],
+        [s.scale for s, _ in sides],
+        [t.scale for _, t in sides],
+        student.softcap or 0.0,
+        teacher.softcap or 0.0,
+        problem.temperature,
+        problem.is_causal,
+        -1 if problem.window is None else problem.window,
+        DISTANCES[problem.distance],
+    )

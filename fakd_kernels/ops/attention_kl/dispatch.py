@@ -1,0 +1,95 @@
+"""From the registered op's arguments to the engine that serves them: the one place that decides."""
+
+import torch
+from torch import Tensor
+
+from ... import _engines, _extension, _pairs
+from . import cpu, reference
+from .problem import Pair, Problem, Side
+
+FILL = {"reference": reference.fill, "cpu": cpu.fill}
+
+
+def resolve(
+    student_q,
+    student_k,
+    teacher_q,
+    teacher_k,
+    row_weights,
+    coefficients,
+    row_weights_of,
+    wants_q,
+    wants_k,
+    student_scale,
+    teacher_scale,
+    student_softcap,
+    teacher_softcap,
+    temperature,
+    causal,
+    window,
+    teacher_heads,
+    distance,
+    engine,
+) -> tuple[Problem, str, list[Tensor]]:
+    """The problem with its buffers, the engine that serves it, and the wanted gradients."""
+    grad_q = _pairs.grad_buffers(student_q, wants_q)
+    grad_k = _pairs.grad_buffers(student_k, wants_k)
+    pairs = []
+    begin = 0
+    for index, q in enumerate(student_q):
+        compared = heads_compared(q, teacher_heads)
+        pairs.append(
+            Pair(
+                student=Side(q, student_k[index], student_scale[index], student_softcap or None),
+                teacher=Side(
+                    teacher_q[index],
+                    teacher_k[index],
+                    teacher_scale[index],
+                    teacher_softcap or None,
+                ),
+                row_weights=_pairs.pick(row_weights, row_weights_of[index]),
+                teacher_heads=teacher_heads[begin : begin + compared] if teacher_heads else None,
+                grad_q=grad_q[index],
+                grad_k=grad_k[index],
+                sums=torch.zeros(compared, dtype=coefficients.dtype, device=q.device),
+            )
+        )
+        begin += compared
+    problem = Problem(
+        pairs, coefficients, causal, None if window < 0 else window, temperature, distance
+    )
+    chosen = _engines.choose("attention_kl", student_q[0].device, refusals(problem), engine)
+    return problem, chosen, _pairs.present(grad_q, grad_k)
+
+
+def heads_compared(q: Tensor, teacher_heads: list[int]) -> int:
+    """The maps of a pair that are compared: its heads, or one where they are averaged."""
+    return q.shape[1] if teacher_heads else 1
+
+
+def refusals(problem: Problem) -> _engines.Refusals:
+    """Why each engine cannot serve this call, None where it can."""
+    device = problem.coefficients.device.type
+    reason = None
+    if device != "cpu":
+        reason = f"it serves CPU tensors, these are on {device}"
+    elif problem.coefficients.dtype == torch.float64:
+        reason = "float64 is served by the reference engine only"
+    elif problem.pairs[0].teacher_heads is None:
+        reason = "heads='mean' is served by the reference engine so far"
+    elif problem.distance not in cpu.DISTANCES:
+        reason = f"distance={problem.distance!r} is served by the reference engine so far"
+    return {"reference": None, "cpu": reason or _extension.cpu_absent()}
+
+
+def explain(*lowered) -> str:
+    """The engine, the reasons against the others, and the size of every pair, in words."""
+    problem, chosen, _ = resolve(*lowered)
+    lines = _engines.describe("attention_kl", chosen, refusals(problem))
+    for index, pair in enumerate(problem.pairs):
+        batch, heads, tokens, width = pair.student.q.shape
+        lines.append(
+            f"  pair {index}: {batch} x {heads} heads x {tokens} tokens, {width} and "
+            f"{pair.teacher.q.shape[-1]} wide, in blocks of query rows"
+        )
+    return "\n".join(lines)

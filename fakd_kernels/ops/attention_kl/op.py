@@ -1,0 +1,228 @@
+"""Attention alignment from queries and keys: the public function, and the registered op beneath it.
+
+    s = softcap(scale * q.k) / temperature, masked;   A = softmax(s) per query row and head
+    L = weight * sum_l pair_weight_l / normalizer_l * sum_{b,h,i} w_bi distance(A_T, A_S)_bhi
+
+`fakd::attention_kl` computes the value and every wanted gradient in one pass, a block of query rows
+at a time; backward only scales the gradients.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ... import _engines, _pairs, _validate
+from ..._backward import scale_gradients
+from . import dispatch
+from .arguments import lower
+
+
+@dataclass(frozen=True)
+class AttentionKL:
+    """The result of `attention_kl`; a pytree. Only `loss` carries a gradient."""
+
+    loss: Tensor  # []
+    per_pair: Tensor  # [L], detached: weighted mean of the distance over rows and heads
+    per_head: list[Tensor]  # [H] each, detached: likewise per student head ([1] for heads="mean")
+
+
+pytree.register_dataclass(AttentionKL)
+
+
+def attention_kl(
+    student_q: Tensor | Sequence[Tensor],
+    student_k: Tensor | Sequence[Tensor],
+    teacher_q: Tensor | Sequence[Tensor],
+    teacher_k: Tensor | Sequence[Tensor],
+    *,
+    mask: Tensor | Sequence[Tensor | None] | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    student_scale: float | None = None,
+    teacher_scale: float | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    temperature: float = 1.0,
+    heads: str | Sequence[int] = "match",
+    distance: str = "kl",
+    weight: float | Tensor = 1.0,
+    pair_weights: Sequence[float] | Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    engine: str | None = None,
+) -> AttentionKL:
+    """Align attention distributions with a teacher's straight from queries and keys.
+
+    Equivalent to, summed over the layer pairs with `pair_weights`:
+
+        student = torch.softmax(student_q @ student_k.mT * student_scale, -1)    # [B, H, T, T]
+        teacher = torch.softmax(teacher_q @ teacher_k.mT * teacher_scale, -1)
+        loss = weight * (teacher * (teacher.log() - student.log())).sum(-1).mean()
+
+    without storing a T x T map, so that the models may keep scaled-dot-product or flash attention.
+
+    Args:
+        student_q: one tensor per pair, `[B, H, T, K]`, float16 | bfloat16 | float32 | float64, as
+            the attention product sees it (after rotary embedding). A single tensor is one pair.
+        student_k: `[B, Hkv, T, K]`, Hkv divides H (grouped or multi-query attention).
+        teacher_q: `[B, H', T, K']`. Never receives a gradient.
+        teacher_k: `[B, Hkv', T, K']`; head counts and widths may differ from the student's.
+        mask: `[B, T]`, bool or float weights >= 0, of query rows; keys of weight 0 are masked.
+            Padding may be on either side. One for all pairs, or one per pair.
+        causal: keys j <= i only.
+        window: keys with |i - j| < window only (`sliding_window` of transformers).
+        student_scale: factor of q.k; default K^-0.5. teacher_scale likewise.
+        student_softcap: > 0, scores become softcap * tanh(scores / softcap). teacher_softcap
+            likewise.
+        temperature: > 0, divides the scores of both sides; the loss has no temperature^2.
+        heads: "match" (equal head counts) | "mean" (maps averaged over heads first, any counts) | a
+            list with the teacher head of each student head.
+        distance: "kl" KL(A_T || A_S) | "reverse_kl" | "jsd" (equal parts) | "mse" (sum over keys).
+        weight: number, or a 0-dim tensor, which receives its gradient (learned weight).
+        pair_weights: L numbers or a tensor `[L]`; default 1 / L each.
+        normalizer: what the weighted sums over rows and heads are divided by, > 0; default the sum
+            of row weights times the student's heads (times 1 for "mean").
+        engine: None, or "reference" | "cpu" to force one. `FAKD_ENGINE` likewise.
+
+    Returns:
+        `AttentionKL`: loss [], per_pair [L] and per_head (the last two detached), float32 (float64
+        for float64 inputs). All rows masked: loss 0 and gradients 0.
+
+    Raises:
+        ValueError: shapes, ranges, devices or list lengths. TypeError: dtypes or types.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+
+    Numerics:
+        Scores, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of
+        their tensor; those of float16 tensors stay in float32 until backward. Equal scores on both
+        sides give a gradient of exactly 0. Deterministic. Tokens of weight 0 are not read by the
+        C++ engine; on the reference engine they must be finite.
+
+    Source:
+        L_att of arXiv 2412.19449, in our reading of it. The identity d KL / d s = A_S - A_T is the
+        usual one of soft targets.
+    """
+    lowered, inverse = lower(
+        student_q,
+        student_k,
+        teacher_q,
+        teacher_k,
+        mask,
+        causal,
+        window,
+        student_scale,
+        teacher_scale,
+        student_softcap,
+        teacher_softcap,
+        temperature,
+        heads,
+        distance,
+        weight,
+        pair_weights,
+        normalizer,
+        engine,
+    )
+    loss, sums, _ = torch.ops.fakd.attention_kl(*lowered)
+    sizes = [dispatch.heads_compared(q, lowered[-3]) for q in lowered[0]]
+    apart = sums.detach().split(sizes)
+    # The normalizer counts heads; the mean of one head does not.
+    per_head = [s * inverse[index].detach() * len(s) for index, s in enumerate(apart)]
+    per_pair = torch.stack([means.mean() for means in per_head])
+    return AttentionKL(loss, per_pair, per_head)
+
+
+torch.library.define(
+    "fakd::attention_kl",
+    "(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k, "
+    "Tensor[] row_weights, Tensor coefficients, int[] row_weights_of, bool[] wants_q, "
+    "bool[] wants_k, float[] student_scale, float[] teacher_scale, float student_softcap, "
+    "float teacher_softcap, float temperature, bool causal, SymInt window, int[] teacher_heads, "
+    "str distance, str engine) -> (Tensor, Tensor, Tensor[])",
+)
+
+
+@torch.library.impl("fakd::attention_kl", "CompositeExplicitAutograd")
+def _attention_kl(*lowered):
+    _validate.check_row_weights(lowered[4])
+    problem, chosen, grads = dispatch.resolve(*lowered)
+    dispatch.FILL[chosen](problem)
+    totals = torch.stack([pair.sums.sum() for pair in problem.pairs])
+    coefficients = problem.coefficients
+    loss = torch.where(coefficients == 0, 0, coefficients * totals).sum()
+    return loss, torch.cat([pair.sums for pair in problem.pairs]), grads
+
+
+@torch.library.register_fake("fakd::attention_kl")
+def _fake(student_q, student_k, teacher_q, teacher_k, row_weights, coefficients, *rest):
+    _, wants_q, wants_k, *_, teacher_heads, _, _ = rest
+    count = sum(dispatch.heads_compared(q, teacher_heads) for q in student_q)
+    grads = _pairs.present(
+        _pairs.grad_buffers(student_q, wants_q, empty=torch.empty),
+        _pairs.grad_buffers(student_k, wants_k, empty=torch.empty),
+    )
+    return coefficients.new_empty(()), coefficients.new_empty((count,)), grads
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student_q, student_k, teacher_q, _, row_weights = inputs[:5]
+    _, sums, grads = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(sums, *grads)
+    ctx.save_for_backward(sums, *grads)
+    ctx.wants = inputs[7:9]
+    ctx.dtypes = [
+        tensor.dtype
+        for tensors, wants in zip((student_q, student_k), ctx.wants, strict=True)
+        for tensor, wanted in zip(tensors, wants, strict=True)
+        if wanted
+    ]
+    teacher_heads = inputs[16]
+    ctx.sizes = [dispatch.heads_compared(q, teacher_heads) for q in student_q]
+    ctx.counts = (len(teacher_q), len(row_weights), bool(teacher_heads))
+
+
+def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
+    teacher_count, weights_count, has_heads = ctx.counts
+    student_q, student_k = ([None] * len(wants) for wants in ctx.wants)
+    grad_coefficients = None
+    if grad_loss is not None:
+        sums, *grads = ctx.saved_tensors
+        scaled = iter(scale_gradients(grads, grad_loss, ctx.dtypes))
+        student_q, student_k = (
+            [next(scaled) if wanted else None for wanted in wants] for wants in ctx.wants
+        )
+        if ctx.needs_input_grad[5]:
+            totals = [part.sum() for part in sums.split(ctx.sizes)]
+            grad_coefficients = grad_loss * torch.stack(totals)
+    teacher = [None] * teacher_count
+    # register_autograd counts an empty list as a list of tensors, and wants one back.
+    heads = None if has_heads else []
+    tail = (None,) * 10
+    return (
+        student_q,
+        student_k,
+        teacher,
+        list(teacher),
+        [None] * weights_count,
+        grad_coefficients,
+        *tail,
+        heads,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("fakd::attention_kl", _backward, setup_context=_setup_context)
+
+
+def _explain(*tensors, **options) -> str:
+    bound = inspect.signature(attention_kl).bind(*tensors, **options)
+    bound.apply_defaults()
+    lowered, _ = lower(**bound.arguments)
+    return dispatch.explain(*lowered)
+
+
+_engines.register_explainer("attention_kl", _explain)
