@@ -1,11 +1,13 @@
 """The backward of every op: gradients were computed in forward, backward scales them.
 
 A factor of exactly 1, the usual one when a loss is called with its weights inside, costs nothing
-on a CPU: the buffers of forward become the gradients.
+on a CPU, and an empty launch on a GPU: the buffers of forward become the gradients.
 """
 
 import torch
 from torch import Tensor
+
+from . import _engines
 
 _SECOND = (
     "fakd_kernels: second derivatives are not available, because gradients are computed in the "
@@ -13,9 +15,7 @@ _SECOND = (
 )
 
 
-def scale_gradients(
-    grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtype]
-) -> list[Tensor]:
+def scale_gradients(grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """`[(grad * factor).to(dtype) ...]`, in place where nobody can see it.
 
     Args:
@@ -37,13 +37,19 @@ def scale_gradients(
         if value != 1:
             torch._foreach_mul_(grads, value)
         return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-    for index, (grad, dtype) in enumerate(zip(grads, dtypes, strict=True)):
-        if grad.dtype == torch.bfloat16:
-            grad.copy_(grad.float() * factor)
-        else:
-            grad.mul_(factor)
-        grads[index] = grad.to(dtype)
-    return grads
+    is_double = any(grad.dtype == torch.float64 for grad in grads)
+    if not is_double and _engines.triton_absent() is None:
+        from ._scale import scale_  # imports Triton
+
+        with torch.cuda.device(factor.device):
+            scale_(grads, factor)
+    else:
+        for grad in grads:
+            if grad.dtype == torch.bfloat16:
+                grad.copy_(grad.float() * factor)
+            else:
+                grad.mul_(factor)
+    return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
 
 
 def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ... import _engines, _validate
+from ... import _engines, _pairs, _validate
 
 EUCLIDEAN = ("squared", "distance")
 ROUTES = ("auto", "direct", "gram")
@@ -34,14 +34,11 @@ def lower(
     _validate.check_number("eps", eps, minimum=0.0)
     _validate.check_scalar("cosine_weight", cosine_weight, device)
     _validate.check_scalar("euclidean_weight", euclidean_weight, device)
-    if normalizer is not None:
-        _validate.check_scalar("normalizer", normalizer, device)
-        if not isinstance(normalizer, Tensor):
-            _validate.check_number("normalizer", normalizer, minimum=0.0)
+    _pairs.check_normalizer(normalizer, device)
 
-    work = call.work_dtype()
+    work = _pairs.work_dtype((*call.student, *call.teacher, *call.projections, *call.biases))
     inverse = call.inverse_normalizers(normalizer, work)
-    scale = pair_weights_of(pair_weights, len(call.student), device, work) * inverse
+    scale = _pairs.pair_weights_of(pair_weights, len(call.student), device, work) * inverse
     lowered = (
         call.student,
         call.teacher,
@@ -52,7 +49,7 @@ def lower(
         call.projection_of,
         call.bias_of,
         call.row_weights_of,
-        *call.wanted_gradients(),
+        *_pairs.wanted_gradients(call.student, call.projections, call.biases),
         float(eps),
         euclidean,
         route,
@@ -94,9 +91,9 @@ class Arguments:
                 masks[index],
                 device,
             )
-        unique_projections, projection_of = _unique(projections)
-        unique_biases, bias_of = _unique(biases)
-        unique_masks, row_weights_of = _unique(masks)
+        unique_projections, projection_of = _pairs.unique(projections)
+        unique_biases, bias_of = _pairs.unique(biases)
+        unique_masks, row_weights_of = _pairs.unique(masks)
         if torch.is_autocast_enabled(device.type):  # what F.linear does to its arguments
             half = torch.get_autocast_dtype(device.type)
             students = [
@@ -110,49 +107,24 @@ class Arguments:
             [_rows(tensor.detach()) for tensor in teachers],
             [tensor.contiguous() for tensor in unique_projections],
             [tensor.contiguous() for tensor in unique_biases],
-            [tensor.detach().reshape(-1).float().contiguous() for tensor in unique_masks],
+            [_pairs.row_weights_of(tensor.reshape(-1)) for tensor in unique_masks],
             projection_of,
             bias_of,
             row_weights_of,
         )
 
-    def wanted_gradients(self) -> tuple[list[bool], list[bool], list[bool]]:
-        """For each student, projection and bias: whether autograd will ask for its gradient."""
-        is_grad = torch.is_grad_enabled()
-        return tuple(
-            [is_grad and tensor.requires_grad for tensor in tensors]
-            for tensors in (self.student, self.projections, self.biases)
-        )
-
-    def work_dtype(self) -> torch.dtype:
-        """float32, or float64 where any tensor is."""
-        tensors = (*self.student, *self.teacher, *self.projections, *self.biases)
-        is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-        return torch.float64 if is_double else torch.float32
-
     def inverse_normalizers(self, normalizer: float | Tensor | None, work: torch.dtype) -> Tensor:
         """[L]: 1 / normalizer of each pair, 0 where nothing counts."""
-        like = self.student[0]
         counts = []
         for tensor, index in zip(self.student, self.row_weights_of, strict=True):
             if normalizer is not None:
                 count = normalizer
             elif index >= 0:
-                count = self.row_weights[index].sum()
+                count = self.row_weights[index].sum(dtype=work)
             else:
                 count = tensor.shape[0]
             counts.append(count)
-        if any(isinstance(count, Tensor) for count in counts):
-            tensors = [
-                count.to(work).reshape(())
-                if isinstance(count, Tensor)
-                else like.new_full((), count, dtype=work)
-                for count in counts
-            ]
-            count = torch.stack(tensors)
-            return torch.where(count == 0, 0, 1 / torch.where(count == 0, 1, count))
-        inverse = [1.0 / count if count != 0 else 0.0 for count in counts]
-        return torch.tensor(inverse, dtype=work, device=like.device)
+        return _pairs.inverse(counts, self.student[0], work)
 
 
 def _check_pair(index, student, teacher, projection, bias, mask, device) -> None:
@@ -196,38 +168,13 @@ def _check_pair(index, student, teacher, projection, bias, mask, device) -> None
                 f"{list(bias.shape)}; nn.Linear(Ds, Dt).bias fits."
             )
     if mask is not None:
-        if mask.dtype != torch.bool:
-            if not mask.is_floating_point():
-                raise TypeError(
-                    f"{name['mask']} must be bool or floating-point row weights: got "
-                    f"{mask.dtype}; convert an attention mask with .bool()."
-                )
-            _validate.check_float(name["mask"], mask)
+        _pairs.check_mask(name["mask"], mask)
         _validate.check_device(name["mask"], mask, "student[0]", device)
         if mask.shape != student.shape[:-1] and mask.shape != (student.shape[:-1].numel(),):
             raise ValueError(
                 f"{name['mask']} must have one weight per token of {name['student']}: got "
                 f"{list(mask.shape)} for {list(student.shape[:-1])}; pass [B, T] or [N]."
             )
-
-
-def pair_weights_of(weights, count: int, device: torch.device, work: torch.dtype) -> Tensor:
-    """[L]."""
-    if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=work, device=device)
-    if isinstance(weights, Tensor):
-        _validate.check_float("pair_weights", weights)
-        _validate.check_device("pair_weights", weights, "student[0]", device)
-        if tuple(weights.shape) != (count,):
-            raise ValueError(
-                f"pair_weights must have the shape [L] = [{count}]: got {list(weights.shape)}; "
-                "pass one weight per layer pair."
-            )
-        return weights.to(work)
-    _validate.check_count("pair_weights", len(weights), count)
-    for index, weight in enumerate(weights):
-        _validate.check_number(f"pair_weights[{index}]", weight)
-    return torch.tensor([float(weight) for weight in weights], dtype=work, device=device)
 
 
 def _autocast(tensor: Tensor, half: torch.dtype) -> Tensor:
@@ -238,18 +185,3 @@ def _rows(tensor: Tensor) -> Tensor:
     """[N, D] with a contiguous last axis: a view where the strides allow one."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def _unique(tensors: list[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The distinct tensors, by identity, and each entry's place among them (-1 for None)."""
-    distinct: list[Tensor] = []
-    places = []
-    for tensor in tensors:
-        place = -1
-        if tensor is not None:
-            matches = [i for i, known in enumerate(distinct) if known is tensor]
-            place = matches[0] if matches else len(distinct)
-            if not matches:
-                distinct.append(tensor)
-        places.append(place)
-    return distinct, places

@@ -1,41 +1,12 @@
 """From the registered op's arguments to the engine that serves them: the one place that decides."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from ... import _engines, _extension, _memory
+from ... import _engines, _extension
+from ..._pairs import grad_buffers, pick, present
 from . import cpu, reference, triton_kernel
-from .problem import Pair, Problem, choose_route, count_flops, grad_dtype, pick
-
-
-def allocate(
-    student,
-    projections,
-    biases,
-    wants_student,
-    wants_projection,
-    wants_bias,
-    *,
-    empty=_memory.empty,
-):
-    """One gradient buffer per wanted tensor, None elsewhere, for each of the three lists."""
-    return tuple(
-        [
-            empty(tensor.shape, dtype=grad_dtype(tensor), device=tensor.device) if wanted else None
-            for tensor, wanted in zip(tensors, wants, strict=True)
-        ]
-        for tensors, wants in (
-            (student, wants_student),
-            (projections, wants_projection),
-            (biases, wants_bias),
-        )
-    )
-
-
-def wanted(grads: Sequence[Sequence[Tensor | None]]) -> list[Tensor]:
-    return [grad for group in grads for grad in group if grad is not None]
+from .problem import Pair, Problem, choose_route, count_flops
 
 
 def resolve(
@@ -57,7 +28,9 @@ def resolve(
     engine,
 ) -> tuple[Problem, str, list[Tensor]]:
     """The problem with its buffers, the engine that serves it, and the wanted gradients."""
-    grads = allocate(student, projections, biases, wants_student, wants_projection, wants_bias)
+    grad_student = grad_buffers(student, wants_student)
+    grad_projections = grad_buffers(projections, wants_projection)
+    grad_biases = grad_buffers(biases, wants_bias)
     pairs = [
         Pair(
             student=x,
@@ -65,7 +38,7 @@ def resolve(
             projection=pick(projections, projection_of[index]),
             bias=pick(biases, bias_of[index]),
             row_weights=pick(row_weights, row_weights_of[index]),
-            grad_student=grads[0][index],
+            grad_student=grad_student[index],
             projection_index=projection_of[index],
             bias_index=bias_of[index],
             route=_route(
@@ -83,14 +56,14 @@ def resolve(
         pairs,
         coefficients,
         torch.zeros_like(coefficients),
-        grads[1],
-        grads[2],
+        grad_projections,
+        grad_biases,
         euclidean == "squared",
         eps,
         is_route_forced=route != "auto",
     )
     chosen = _engines.choose("feature_alignment", student[0].device, refusals(problem), engine)
-    return problem, chosen, wanted(grads)
+    return problem, chosen, present(grad_student, grad_projections, grad_biases)
 
 
 def _route(
@@ -143,7 +116,7 @@ def refusals(problem: Problem) -> _engines.Refusals:
 
 
 def explain(*lowered) -> str:
-    """The engine, the reasons against the others, and the route of every pair, in words."""
+    """The engine, the reasons against the others, the route of every pair, and the launches."""
     problem, chosen, _ = resolve(*lowered)
     lines = _engines.describe("feature_alignment", chosen, refusals(problem))
     for index, pair in enumerate(problem.pairs):
@@ -162,4 +135,6 @@ def explain(*lowered) -> str:
             shape + f"{pair.student.shape[1]} to {pair.teacher.shape[1]} wide, {route} route "
             f"(direct {flops['direct'] / 1e9:.3g}, gram {flops['gram'] / 1e9:.3g} GFLOP)"
         )
+    if chosen == "triton":
+        lines += [f"  {words}" for words in triton_kernel.describe(problem)]
     return "\n".join(lines)

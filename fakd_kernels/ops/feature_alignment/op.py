@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ... import _engines, _validate
+from ... import _engines, _pairs, _validate
 from ..._backward import scale_gradients
 from . import dispatch
 from .arguments import lower
@@ -97,9 +97,10 @@ def feature_alignment(
         Products and sums accumulate in float32 (float64 for float64 inputs). Gradients have the
         dtype of their tensor; those of float16 tensors stay in float32 until backward, so they do
         not underflow before a loss scaler's factor reaches them. Under autocast, students with a
-        projection, projections and biases are cast as `F.linear` casts them. The gram route returns to the
-        direct one for rows where |p - t|^2 would cancel. Deterministic on every engine. NaN and
-        inf in counted rows reach the loss. Zero rows: cosine 0, finite gradients.
+        projection, projections and biases are cast as `F.linear` casts them. Left to itself, the
+        gram route serves only where it is as accurate as the direct one: on a CPU where student and
+        teacher do not correlate, on a GPU in half precision. Deterministic on every engine. NaN
+        and inf in counted rows reach the loss. Zero rows: cosine 0, finite gradients.
 
     Source:
         L_feat and L_dist of arXiv 2412.19449. The gradient form dL/dp = A p + B t is derived in
@@ -163,9 +164,12 @@ def _fake(
     route,
     engine,
 ):
-    wants = (wants_student, wants_projection, wants_bias)
-    grads = dispatch.allocate(student, projections, biases, *wants, empty=torch.empty)
-    return coefficients.new_empty(()), torch.empty_like(coefficients), dispatch.wanted(grads)
+    grads = _pairs.present(
+        _pairs.grad_buffers(student, wants_student, empty=torch.empty),
+        _pairs.grad_buffers(projections, wants_projection, empty=torch.empty),
+        _pairs.grad_buffers(biases, wants_bias, empty=torch.empty),
+    )
+    return coefficients.new_empty(()), torch.empty_like(coefficients), grads
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -4,11 +4,11 @@ Every engine receives a `Problem` and fills buffers that `op.py` allocated; no e
 result. Letters: N rows (B * T), Ds and Dt the feature widths of student and teacher.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from ..._pairs import pick
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,6 @@ class Problem:
         return self.grad_bias(pair) is not None
 
 
-def grad_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype a gradient waits in until backward.
-
-    float16 gradients wait in float32: a loss scaler's factor only reaches them in backward, and
-    until then most would lie below float16's smallest number.
-    """
-    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
-
-
 def choose_route(
     route: str,
     rows: int,
@@ -110,8 +101,3 @@ def count_flops(
         "direct": wide * (1 + wants_student + wants_projection),
         "gram": (wide + narrow + square) * (1 + wants_projection),
     }
-
-
-def pick(tensors: Sequence[Tensor | None], index: int) -> Tensor | None:
-    """The tensor at `index`, None for index -1."""
-    return None if index < 0 else tensors[index]

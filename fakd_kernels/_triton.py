@@ -1,0 +1,170 @@
+"""What the Triton engines of several ops share: device helpers, tables, launches.
+
+Imports Triton, so it is imported lazily, by a launcher that is about to run. One launch serves
+many layer pairs: their pointers, sizes and strides travel in an int64 table on the device, one
+line per job, and a program finds its job by its index. Sizes are then data, not arguments: no
+recompilation when a sequence length changes, and one launch for any number of pairs.
+
+Under the interpreter kernels read CPU tensors. Trap, seen on 3.7.1, 3.8.0 and 3.9.0: an
+interpreted `tl.dot` on bfloat16 operands returns garbage, and a cast to bfloat16 truncates; both
+are worked around where `IS_INTERPRETED` is tested.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TL_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_NEVER = 2**62  # first program of a line that pads a table
+
+
+@triton.jit
+def find_line(table_ptr, program, FIELDS: tl.constexpr, LINES: tl.constexpr):
+    """The last line whose first field, its first program, is at most `program`.
+
+    All lines are compared at once: a scan would pay the latency of one load per line.
+    """
+    firsts = tl.load(table_ptr + tl.arange(0, LINES) * FIELDS)
+    return tl.sum((firsts <= program).to(tl.int32), 0) - 1
+
+
+@triton.jit
+def load_pointer(field_ptr, DTYPE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """A pointer stored as an integer; `IS_ALIGNED` promises the compiler 16 bytes."""
+    pointer = tl.load(field_ptr).to(tl.pointer_type(DTYPE))
+    if IS_ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def load_size(field_ptr, IS_ALIGNED: tl.constexpr):
+    """A stored width or stride, int64; `IS_ALIGNED` promises the compiler a multiple of 16."""
+    size = tl.load(field_ptr)
+    if IS_ALIGNED:
+        size = tl.multiple_of(size, 16)
+    return size
+
+
+@triton.jit
+def cast(x, DTYPE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """`x.to(DTYPE)` rounded to nearest even, which the interpreter's cast to bfloat16 is not."""
+    if IS_INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        rounded = rounded.to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), rounded, x)  # a NaN's bits must not carry
+    return x.to(DTYPE)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, IS_INTERPRETED: tl.constexpr):
+    """acc + a @ b in float32; PRECISION "native" multiplies half operands as they are."""
+    if IS_INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif PRECISION == "native":
+        return tl.dot(a, b, acc)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether rows of a 2-D tensor can be read 16 bytes at a time, in blocks of 16 elements."""
+    return tensor.data_ptr() % 16 == 0 and tensor.shape[-1] % 16 == 0 and tensor.stride(0) % 16 == 0
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, one on each multiprocessor; 4 where there is no card."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """80, 90, 100, 120: the compute capability as Triton's targets write it; 80 without a card."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def next_power_of_2(count: int) -> int:
+    return 1 << max(0, count - 1).bit_length()
+
+
+def make_table(lines: Sequence[Sequence[int | Tensor | None]], device: torch.device) -> Tensor:
+    """[next power of two, fields] int64 on the device; a tensor becomes its address, None 0.
+
+    The first field of every line is its first program, in ascending order; lines that pad the
+    table begin where no program is. The copy does not wait for the device.
+    """
+    numbers = [[_number(value) for value in line] for line in lines]
+    padding = [_NEVER] + [0] * (len(numbers[0]) - 1)
+    numbers += [padding] * (next_power_of_2(len(numbers)) - len(numbers))
+    table = torch.tensor(numbers, dtype=torch.int64)
+    if device.type != "cuda":
+        return table
+    table = table.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table.to(device, non_blocking=True)
+
+
+_captured: list[Tensor] = []  # a CUDA graph copies its tables again at every replay
+
+
+def _number(value: int | Tensor | None) -> int:
+    if value is None:
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else int(value)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with everything that is compiled into it: what a launch and a dry compile share."""
+
+    kernel: triton.JITFunction
+    signature: dict[str, str]  # run-time arguments, in order, with Triton's type names
+    constants: dict[str, object]
+    num_warps: int
+    num_stages: int = 1
+    per_processor: int = 0  # of a persistent kernel: programs that fit a multiprocessor at once
+
+    def launch(self, count: int, device: torch.device, *arguments) -> None:
+        """Run `count` programs; a persistent kernel runs fewer, which walk `count` tiles."""
+        if count == 0:
+            return
+        programs = count
+        if self.per_processor:
+            programs = min(count, self.per_processor * multiprocessors(device))
+        for record in _records:
+            record.append((self.kernel.__name__, programs))
+        self.kernel[(programs,)](
+            *arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
+        )
+
+
+_records: list[list[tuple[str, int]]] = []
+
+
+@contextlib.contextmanager
+def record_launches() -> Iterator[list[tuple[str, int]]]:
+    """Collect (kernel name, number of programs) of every launch inside the block."""
+    record: list[tuple[str, int]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records.remove(record)

@@ -1,7 +1,0 @@
-"""placeholder"""
-
-from .problem import Problem
-
-
-def fill(problem: Problem) -> None:
-    raise RuntimeError

@@ -1,0 +1,171 @@
+"""Triton kernels compiled for cards that are not here: what registers, memory and PTX tell.
+
+Every variant that the launcher would choose for real sizes is compiled for each architecture, by
+the functions that the launcher itself calls. Asserted: no register spills, shared memory within
+the card's limit, tensor-core instructions and asynchronous copies in the variants. Needs no card,
+but a process without TRITON_INTERPRET.
+"""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fakd_kernels import _scale  # noqa: E402
+from fakd_kernels._triton import TL_DTYPES  # noqa: E402
+from fakd_kernels.ops.feature_alignment.triton_kernel import tiles, variants  # noqa: E402
+from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
+DTYPES = {
+    "fp32": (torch.float32,) * 3,
+    "bf16": (torch.bfloat16,) * 3,
+    "fp16": (torch.float16,) * 3,
+    "bf16-fp32-fp32": (torch.bfloat16, torch.float32, torch.float32),
+    "bf16-bf16-fp32": (torch.bfloat16, torch.bfloat16, torch.float32),
+}
+WIDTHS = (64, 768, 4096, 8192)  # four, two and one row of a tile; the last wider than a tile
+FEW_WIDTHS = (768, 8192)
+LINES = 16  # layer pairs of a launch
+# Mixed operands are widened on the way to the tensor cores. mma.sync has them in registers anyway,
+# as it has float32 ones, so only the two other instructions make a difference there.
+PRODUCTS = [
+    (capability, dtypes)
+    for capability in SHARED_BYTES
+    for dtypes in DTYPES
+    if "-" not in dtypes or TENSOR_CORE[capability] != "mma.sync"
+]
+# Row kernels compute in float32 whatever they load, alike on every card.
+ROW_KERNELS = [
+    (capability, dtypes)
+    for capability in SHARED_BYTES
+    for dtypes in DTYPES
+    if dtypes in ("fp32", "bf16") or capability == 90
+]
+
+
+def product_variants(capability, dtypes):
+    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
+    for kind in ("gram", "inner", "scaled", "direct"):
+        yield kind, variants.outer_variant(kind, arithmetic, capability, LINES, True)
+    for is_teacher, name in ((True, "U"), (False, "V")):
+        yield name, variants.statistics_variant(is_teacher, arithmetic, capability, LINES, True)
+    for kind in ("project", "student", "add"):
+        yield kind, variants.product_variant(kind, arithmetic, capability, LINES, True)
+
+
+def row_variants(dtypes, widths, is_squared, is_aligned):
+    x, t, _ = dtypes
+    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
+    for width in widths:
+        block = tiles.align_block(width)
+        shape = block, width > block[1]
+        options = is_squared, LINES, is_aligned
+        yield (
+            f"align-{width}",
+            variants.align_variant(x, t, variants.grad_type(x), *shape, False, *options),
+        )
+        grad = TL_DTYPES[arithmetic.middle]
+        yield (
+            f"rows-{width}",
+            variants.align_variant(torch.float32, t, grad, *shape, True, *options),
+        )
+    yield (
+        "gram-rows",
+        variants.gram_rows_variant(
+            x, arithmetic.cancelled, not arithmetic.is_half, is_squared, LINES, is_aligned
+        ),
+    )
+    yield "column-sums", variants.column_sums_variant(t, LINES)
+
+
+def compile_variant(variant, capability):
+    signature = variant.signature | dict.fromkeys(variant.constants, "constexpr")
+    # As at run time, where torch's allocations begin on 16 bytes.
+    attributes = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(variant.signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(variant.kernel, signature, variant.constants, attributes)
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resource_usage(compiled, folder):
+    """Registers of a thread, and the bytes that spill from them."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
+
+
+def check(name, variant, capability, folder, spill_limit=0):
+    compiled = compile_variant(variant, capability)
+    registers, spilled = resource_usage(compiled, folder)
+    assert spilled <= spill_limit, (
+        f"{name}, sm_{capability}: {spilled} bytes spilled of {registers} registers"
+    )
+    limit = SHARED_BYTES[capability]
+    assert compiled.metadata.shared <= limit, (
+        f"{name}, sm_{capability}: {compiled.metadata.shared} bytes of shared memory, limit {limit}"
+    )
+    return compiled
+
+
+# At a step of occupancy (56, 64, 80 registers) ptxas sometimes keeps one pointer of a row kernel on
+# the stack across the float64 division, outside every loop, rather than take one register more.
+ONE_POINTER = 8
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuobjdump():
+    if not CUOBJDUMP.exists():
+        pytest.skip(f"this Triton brings no {CUOBJDUMP.name}")
+
+
+@pytest.mark.parametrize(("capability", "dtypes"), PRODUCTS)
+def test_products_fit_and_use_tensor_cores(capability, dtypes, tmp_path):
+    for name, variant in product_variants(capability, DTYPES[dtypes]):
+        ptx = check(f"{name} {dtypes}", variant, capability, tmp_path).asm["ptx"]
+        assert TENSOR_CORE[capability] in ptx, f"{name} {dtypes}: no {TENSOR_CORE[capability]}"
+        assert "cp.async.c" in ptx, f"{name} {dtypes}: operands are not copied asynchronously"
+
+
+@pytest.mark.parametrize(("capability", "dtypes"), ROW_KERNELS)
+def test_row_kernels_fit_and_load_16_bytes(capability, dtypes, tmp_path):
+    widths = WIDTHS if dtypes == "bf16" else FEW_WIDTHS
+    for name, variant in row_variants(DTYPES[dtypes], widths, True, True):
+        compiled = check(f"{name} {dtypes}", variant, capability, tmp_path, ONE_POINTER)
+        if name.startswith(("align", "rows")):
+            assert re.search(r"ld\.global\S*\.v4", compiled.asm["ptx"]), f"{name}: narrow loads"
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_unaligned_rows_and_distance(capability, tmp_path):
+    for name, variant in row_variants(DTYPES["bf16"], FEW_WIDTHS, False, False):
+        check(f"{name}, unaligned", variant, capability, tmp_path, ONE_POINTER)
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_small_kernels_fit(capability, tmp_path):
+    for name, variant in (
+        ("compact", variants.compact_variant()),
+        ("reduce", variants.reduce_variant()),
+        ("scale", _scale.scale_variant(LINES)),
+    ):
+        check(name, variant, capability, tmp_path)
