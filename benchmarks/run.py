@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default all")
     parser.add_argument("--quick", action="store_true", help="2 seconds a shape instead of 8")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default both")
     parser.add_argument("--json", type=Path, help="default benchmarks/results/<device>-<date>.json")
     options = parser.parse_args()
     for op in options.ops:
@@ -29,9 +29,10 @@ def main() -> None:
     rows: list[Row] = []
     for op in options.ops or OPS:
         bench = importlib.import_module(f"benchmarks.{OPS[op]}")
-        for shape in bench.FEATURE_SHAPES:
-            console.print(f"{op}: {shape}, {options.dtype} ...")
-            rows.append(bench.run(shape, options.dtype, 2.0 if options.quick else 8.0))
+        for dtype in [options.dtype] if options.dtype else bench.DTYPES:
+            for shape in bench.FEATURE_SHAPES:
+                console.print(f"{op}: {shape}, {dtype} ...")
+                rows.append(bench.run(shape, dtype, 2.0 if options.quick else 8.0))
     console.print(table(rows))
     path = options.json or harness.RESULTS / f"{slug(harness.device_name())}-{_date()}.json"
     harness.save(rows, path)
