@@ -14,7 +14,7 @@ constexpr double CORRELATION = 1.0 / 16;
 //   r1 - 2 r2 + r3, sums that are accurate to about 1e-7 of themselves.
 constexpr double CANCELLATION = 1.0 / 16;
 // The first rows of a task go the direct route, to see whether the gram route may serve the others.
-constexpr int64_t PROBE_ROWS = 128;
+constexpr int64_t PROBE_ROWS = 64;
 // Rows of a block. Products of fewer rows lose speed: on the direct route, 384 -> 768, the whole took
 // 1.07, 1.06 and 1.045 times the bare products with 320, 512 and 1024 rows, and the gram route is
 // flat from 256 on (2 cores, AVX-512, 2026-11). Memory stays bounded for wide teachers.
