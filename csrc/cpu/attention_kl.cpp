@@ -50,9 +50,9 @@ class HeadTask {
     const Heads& q = pair_.student_q;
     const int64_t group = q.heads / pair_.student_k.heads;
     const int64_t width = q.width;
-    zero_uncounted(pair_.grad_k, key_head);
+    zero_head(pair_.grad_k, key_head);
     for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
-      zero_uncounted(pair_.grad_q, head);
+      zero_head(pair_.grad_q, head);
     }
     if (count_ == 0) return;
     student_k_ = read(pair_.student_k, key_head, scratch_.student_k);
@@ -73,14 +73,8 @@ class HeadTask {
     return fetch(kernels_, heads.at(batch_, head), counted_, 0, count_, scratch);
   }
 
-  void zero_uncounted(const Heads& grad, int64_t head) const {
-    if (grad.data == nullptr || weights_ == nullptr) return;
-    const Rows rows = grad.at(batch_, head);
-    for (int64_t row = 0; row < rows.rows; ++row) {
-      if (weights_[row] == 0) {
-        std::memset(row_address(rows, row), 0, rows.columns * element_bytes(rows.dtype));
-      }
-    }
+  void zero_head(const Heads& grad, int64_t head) const {
+    if (grad.data != nullptr) zero_uncounted(grad.at(batch_, head), weights_);
   }
 
   void run_head(int64_t head) {

@@ -19,16 +19,6 @@
 namespace fakd {
 namespace {
 
-void zero_masked_grads(const FeaturePair& pair) {
-  if (pair.row_weights == nullptr || pair.grad_student.data == nullptr) return;
-  const Rows& grad = pair.grad_student;
-  for (int64_t row = 0; row < grad.rows; ++row) {
-    if (pair.row_weights[row] == 0) {
-      std::memset(row_address(grad, row), 0, grad.columns * element_bytes(grad.dtype));
-    }
-  }
-}
-
 // Memory for a task's share of the weight gradients. The first task of a projection uses the
 // result itself where that is float32.
 void allocate_totals(const FeaturePair& pair, float* result, Totals& totals) {
@@ -126,7 +116,7 @@ void feature_alignment(const FeatureProblem& problem) {
     costs.push_back(cost_per_row(pair));
     const Rows& grad = pair.grad_student;
     advise_huge_pages(grad.data, grad.rows * grad.columns * element_bytes(grad.dtype));
-    zero_masked_grads(pair);
+    zero_uncounted(pair.grad_student, pair.row_weights);
     if (pair.grad_projection >= 0) {
       share_bytes = std::max(share_bytes, 4.0 * pair.projection.rows * pair.projection.columns);
     }

@@ -76,4 +76,13 @@ inline Matrix fetch(
   return row_major(to, rows, columns);
 }
 
+// Zeros where nothing counts: the rows of weight 0.
+inline void zero_uncounted(const Rows& rows, const float* weights) {
+  if (rows.data == nullptr || weights == nullptr) return;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    if (weights[row] != 0) continue;
+    std::memset(row_address(rows, row), 0, rows.columns * element_bytes(rows.dtype));
+  }
+}
+
 }  // namespace fakd

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _engines, _pairs, _validate
-from ..._backward import scale_gradients
+from ..._backward import save_gradients, take_gradients
 from . import dispatch
 from .arguments import lower
 
@@ -168,17 +168,7 @@ def _fake(student_q, student_k, teacher_q, teacher_k, row_weights, coefficients,
 
 def _setup_context(ctx, inputs, output) -> None:
     student_q, student_k, teacher_q, _, row_weights = inputs[:5]
-    _, sums, grads = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, *grads)
-    ctx.save_for_backward(sums, *grads)
-    ctx.wants = inputs[7:9]
-    ctx.dtypes = [
-        tensor.dtype
-        for tensors, wants in zip((student_q, student_k), ctx.wants, strict=True)
-        for tensor, wanted in zip(tensors, wants, strict=True)
-        if wanted
-    ]
+    save_gradients(ctx, output, (student_q, student_k), inputs[7:9])
     teacher_heads = inputs[16]
     ctx.sizes = [dispatch.heads_compared(q, teacher_heads) for q in student_q]
     ctx.counts = (len(teacher_q), len(row_weights), bool(teacher_heads))
@@ -186,17 +176,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
     teacher_count, weights_count, has_heads = ctx.counts
-    student_q, student_k = ([None] * len(wants) for wants in ctx.wants)
+    (student_q, student_k), sums = take_gradients(ctx, grad_loss)
     grad_coefficients = None
-    if grad_loss is not None:
-        sums, *grads = ctx.saved_tensors
-        scaled = iter(scale_gradients(grads, grad_loss, ctx.dtypes))
-        student_q, student_k = (
-            [next(scaled) if wanted else None for wanted in wants] for wants in ctx.wants
-        )
-        if ctx.needs_input_grad[5]:
-            totals = [part.sum() for part in sums.split(ctx.sizes)]
-            grad_coefficients = grad_loss * torch.stack(totals)
+    if sums is not None and ctx.needs_input_grad[5]:
+        totals = [part.sum() for part in sums.split(ctx.sizes)]
+        grad_coefficients = grad_loss * torch.stack(totals)
     teacher = [None] * teacher_count
     # register_autograd counts an empty list as a list of tensors, and wants one back.
     heads = None if has_heads else []

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _engines, _pairs, _validate
-from ..._backward import scale_gradients
+from ..._backward import save_gradients, take_gradients
 from . import dispatch
 from .arguments import lower
 
@@ -174,32 +174,16 @@ def _fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     student, teacher, projections, biases, row_weights = inputs[:5]
-    _, sums, grads = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, *grads)
-    ctx.save_for_backward(sums, *grads)
-    ctx.wants = inputs[9:12]
-    ctx.dtypes = [
-        tensor.dtype
-        for tensors, wants in zip((student, projections, biases), ctx.wants, strict=True)
-        for tensor, wanted in zip(tensors, wants, strict=True)
-        if wanted
-    ]
+    save_gradients(ctx, output, (student, projections, biases), inputs[9:12])
     ctx.counts = (len(teacher), len(row_weights))
 
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
     teacher_count, row_weights_count = ctx.counts
-    student, projections, biases = ([None] * len(wants) for wants in ctx.wants)
+    (student, projections, biases), sums = take_gradients(ctx, grad_loss)
     grad_coefficients = None
-    if grad_loss is not None:
-        sums, *grads = ctx.saved_tensors
-        scaled = iter(scale_gradients(grads, grad_loss, ctx.dtypes))
-        student, projections, biases = (
-            [next(scaled) if wanted else None for wanted in wants] for wants in ctx.wants
-        )
-        if ctx.needs_input_grad[5]:
-            grad_coefficients = grad_loss * sums
+    if sums is not None and ctx.needs_input_grad[5]:
+        grad_coefficients = grad_loss * sums
     return (
         student,
         [None] * teacher_count,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._pairs import present, work_dtype
 from .problem import Pair, Problem
 
 _BLOCK_BYTES = 8 << 20  # of projected rows; more rows than this gains nothing on a CPU
@@ -92,7 +93,7 @@ def fill(problem: Problem) -> None:
 def _fill_pair(
     problem: Problem, index: int, pair: Pair, accumulators: dict[tuple[str, int], Tensor]
 ) -> None:
-    work = _work_dtype(pair)
+    work = work_dtype(present((pair.student, pair.teacher, pair.projection, pair.bias)))
     teacher_width = pair.teacher.shape[1]
     block = max(1, _BLOCK_BYTES // max(1, teacher_width * work.itemsize))
     weight = None if pair.projection is None else pair.projection.to(work)
@@ -170,12 +171,6 @@ def row_terms(
         + slope.to(p.dtype)[:, None] * difference
     )
     return values, grad_p
-
-
-def _work_dtype(pair: Pair) -> torch.dtype:
-    tensors = (pair.student, pair.teacher, pair.projection, pair.bias)
-    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if is_double else torch.float32
 
 
 def _add(accumulators: dict, key: tuple[str, int], term: Tensor) -> None:
