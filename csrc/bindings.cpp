@@ -128,13 +128,16 @@ void attention_kl(
     std::vector<Tensor> teacher_k, std::vector<Tensor> row_weights, Tensor coefficients,
     std::vector<int64_t> places, std::vector<int64_t> teacher_heads, std::vector<Tensor> grads,
     std::vector<Tensor> sums, std::vector<double> student_scale, std::vector<double> teacher_scale,
-    double student_softcap, double teacher_softcap, double temperature, bool is_causal,
-    int64_t window, int64_t distance) {
+    std::vector<double> student_softcap, std::vector<double> teacher_softcap,
+    std::vector<bool> is_causal, std::vector<int64_t> window, double temperature,
+    int64_t distance) {
   const size_t count = student_q.size();
   STD_TORCH_CHECK(
       student_k.size() == count && teacher_q.size() == count && teacher_k.size() == count &&
           places.size() == 3 * count && sums.size() == count && student_scale.size() == count &&
-          teacher_scale.size() == count && coefficients.numel() == int64_t(count) &&
+          teacher_scale.size() == count && student_softcap.size() == count &&
+          teacher_softcap.size() == count && is_causal.size() == count && window.size() == count &&
+          coefficients.numel() == int64_t(count) &&
           coefficients.is_contiguous() && dtype_of(coefficients) == Dtype::float32,
       "fakd_ext::attention_kl was given lists of unequal length.");
   const float* gains = static_cast<const float*>(coefficients.const_data_ptr());
@@ -161,14 +164,16 @@ void attention_kl(
         begin <= int64_t(teacher_heads.size()) && sums[index].numel() == pair.student_q.heads,
         "fakd_ext::attention_kl was given too few heads.");
     const float inverse_temperature = float(1.0 / temperature);
-    pair.student = {float(student_scale[index]), float(student_softcap), inverse_temperature};
-    pair.teacher = {float(teacher_scale[index]), float(teacher_softcap), inverse_temperature};
+    pair.student = {
+        float(student_scale[index]), float(student_softcap[index]), inverse_temperature};
+    pair.teacher = {
+        float(teacher_scale[index]), float(teacher_softcap[index]), inverse_temperature};
+    pair.is_causal = is_causal[index];
+    pair.window = window[index];
     pair.coefficient = gains[index];
     pair.sums = static_cast<float*>(sums[index].mutable_data_ptr());
     problem.pairs.push_back(pair);
   }
-  problem.is_causal = is_causal;
-  problem.window = window;
   problem.distance = static_cast<fakd::ScoreDistance>(distance);
   fakd::attention_kl(problem);
 }
@@ -191,8 +196,8 @@ STABLE_TORCH_LIBRARY(fakd_ext, m) {
       "attention_kl(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, "
       "Tensor[] teacher_k, Tensor[] row_weights, Tensor coefficients, int[] places, "
       "int[] teacher_heads, Tensor(a!)[] grads, Tensor(b!)[] sums, float[] student_scale, "
-      "float[] teacher_scale, float student_softcap, float teacher_softcap, float temperature, "
-      "bool is_causal, int window, int distance) -> ()");
+      "float[] teacher_scale, float[] student_softcap, float[] teacher_softcap, bool[] is_causal, "
+      "int[] window, float temperature, int distance) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {

@@ -142,13 +142,13 @@ class HeadTask {
 
   // Counted keys [first_key(row), last_key(row)) are those that a counted row may attend to.
   int64_t first_key(int64_t row) const {
-    if (problem_.window < 0) return 0;
-    return lower_bound(counted_[row] - problem_.window + 1);
+    if (pair_.window < 0) return 0;
+    return lower_bound(counted_[row] - pair_.window + 1);
   }
   int64_t last_key(int64_t row) const {
-    if (problem_.is_causal) return row + 1;
-    if (problem_.window < 0) return count_;
-    return lower_bound(counted_[row] + problem_.window);
+    if (pair_.is_causal) return row + 1;
+    if (pair_.window < 0) return count_;
+    return lower_bound(counted_[row] + pair_.window);
   }
   // The first counted row that is not before a position.
   int64_t lower_bound(int64_t position) const {

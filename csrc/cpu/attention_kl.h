@@ -28,14 +28,14 @@ struct AttentionPair {
   const float* row_weights = nullptr;  // [B, T], or absent
   const int64_t* teacher_heads = nullptr;  // the teacher head of every student head
   ScoreSide student, teacher;
+  bool is_causal = false;
+  int64_t window = -1;  // -1: none
   double coefficient = 0;
   float* sums = nullptr;  // [H]
 };
 
 struct AttentionProblem {
   std::vector<AttentionPair> pairs;
-  bool is_causal = false;
-  int64_t window = -1;  // -1: none
   ScoreDistance distance = ScoreDistance::kl;
 };
 

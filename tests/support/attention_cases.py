@@ -67,6 +67,20 @@ CASES = (
         ),
         options={"weight": 0.7, "pair_weights": [0.5, 2.0, 1.0]},
     ),
+    AttentionCase(
+        "alternating",
+        "pairs differ in masks, scales and caps",
+        ((2, 17, (4, 2, 8), (4, 2, 16)), (2, 17, (4, 2, 8), (4, 2, 16))),
+        mask="left",
+        options={
+            "causal": [True, False],
+            "window": [None, 3],
+            "student_scale": [None, 0.2],
+            "teacher_scale": [0.4, 0.3],
+            "student_softcap": [2.0, None],
+            "teacher_softcap": [None, 3.0],
+        },
+    ),
 )
 CASES_BY_ID = {case.id: case for case in CASES}
 

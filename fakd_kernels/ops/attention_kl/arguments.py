@@ -47,17 +47,21 @@ def lower(
     for index in range(count):
         _check_pair(index, {name: tensors[index] for name, tensors in lists.items()}, device)
         _check_mask(index, masks[index], lists["student_q"][index])
-    _check_options(causal, window, temperature, distance)
+    _validate.check_number("temperature", temperature, minimum=0.0)
+    _validate.check_choice("distance", distance, DISTANCES)
     _validate.check_scalar("weight", weight, device)
     _pairs.check_normalizer(normalizer, device)
-    scales = [
-        [_scale(f"{side}_scale", scale, q.shape[-1]) for q in lists[f"{side}_q"]]
-        for side, scale in zip(_SIDES, (student_scale, teacher_scale), strict=True)
-    ]
-    softcaps = [
-        _softcap(f"{side}_softcap", softcap)
-        for side, softcap in zip(_SIDES, (student_softcap, teacher_softcap), strict=True)
-    ]
+    causal = [_causal(label, value) for label, value in _apart("causal", causal, count)]
+    window = [_window(label, value) for label, value in _apart("window", window, count)]
+    scales, softcaps = [], []
+    for side, scale, softcap in zip(
+        _SIDES, (student_scale, teacher_scale), (student_softcap, teacher_softcap), strict=True
+    ):
+        widths = [q.shape[-1] for q in lists[f"{side}_q"]]
+        named = _apart(f"{side}_scale", scale, count)
+        scales.append([_scale(*entry, width) for entry, width in zip(named, widths, strict=True)])
+        named = _apart(f"{side}_softcap", softcap, count)
+        softcaps.append([_softcap(*entry) for entry in named])
     teacher_heads = _teacher_heads(heads, lists["student_q"], lists["teacher_q"])
 
     weights, weights_of = _pairs.unique(masks)
@@ -88,9 +92,9 @@ def lower(
         *_pairs.wanted_gradients(student_q, student_k),
         *scales,
         *softcaps,
+        causal,
+        window,
         float(temperature),
-        bool(causal),
-        -1 if window is None else window,
         teacher_heads,
         distance,
         _engines.requested(engine) or "",
@@ -144,18 +148,29 @@ def _check_mask(index: int, mask: Tensor | None, q: Tensor) -> None:
         )
 
 
-def _check_options(causal, window, temperature, distance) -> None:
+def _apart(name: str, value, count: int) -> list[tuple[str, object]]:
+    """The value of every pair, and what to call it: one for all, or a list with one per pair."""
+    if not isinstance(value, (list, tuple)):
+        return [(name, value)] * count
+    _validate.check_count(name, len(value), count)
+    return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+
+
+def _causal(name: str, causal: bool) -> bool:
     if not isinstance(causal, bool):
-        raise TypeError(f"causal must be a bool: got {type(causal).__name__}; pass True or False.")
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
-            raise TypeError(
-                f"window must be None or an int: got {type(window).__name__}; pass tokens."
-            )
-        if window < 1:
-            raise ValueError(f"window must be at least 1: got {window}; pass None for no window.")
-    _validate.check_number("temperature", temperature, minimum=0.0)
-    _validate.check_choice("distance", distance, DISTANCES)
+        raise TypeError(f"{name} must be a bool: got {type(causal).__name__}; pass True or False.")
+    return causal
+
+
+def _window(name: str, window: int | None) -> int:
+    """-1 stands for none."""
+    if window is None:
+        return -1
+    if isinstance(window, bool) or not isinstance(window, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be None or an int: got {type(window).__name__}; pass tokens.")
+    if window < 1:
+        raise ValueError(f"{name} must be at least 1: got {window}; pass None for no window.")
+    return window
 
 
 def _scale(name: str, scale: float | None, width: int) -> float:

@@ -24,7 +24,6 @@ def fill(problem: Problem) -> None:
             place(grads, pair.grad_k),
         ]
     sides = [(pair.student, pair.teacher) for pair in problem.pairs]
-    student, teacher = problem.pairs[0].student, problem.pairs[0].teacher
     torch.ops.fakd_ext.attention_kl(
         [s.q for s, _ in sides],
         [s.k for s, _ in sides],
@@ -38,10 +37,10 @@ def fill(problem: Problem) -> None:
         [pair.sums for pair in problem.pairs],
         [s.scale for s, _ in sides],
         [t.scale for _, t in sides],
-        student.softcap or 0.0,
-        teacher.softcap or 0.0,
+        [s.softcap or 0.0 for s, _ in sides],
+        [t.softcap or 0.0 for _, t in sides],
+        [pair.is_causal for pair in problem.pairs],
+        [-1 if pair.window is None else pair.window for pair in problem.pairs],
         problem.temperature,
-        problem.is_causal,
-        -1 if problem.window is None else problem.window,
         DISTANCES[problem.distance],
     )

@@ -24,9 +24,9 @@ def resolve(
     teacher_scale,
     student_softcap,
     teacher_softcap,
-    temperature,
     causal,
     window,
+    temperature,
     teacher_heads,
     distance,
     engine,
@@ -40,14 +40,18 @@ def resolve(
         compared = heads_compared(q, teacher_heads)
         pairs.append(
             Pair(
-                student=Side(q, student_k[index], student_scale[index], student_softcap or None),
+                student=Side(
+                    q, student_k[index], student_scale[index], student_softcap[index] or None
+                ),
                 teacher=Side(
                     teacher_q[index],
                     teacher_k[index],
                     teacher_scale[index],
-                    teacher_softcap or None,
+                    teacher_softcap[index] or None,
                 ),
                 row_weights=_pairs.pick(row_weights, row_weights_of[index]),
+                is_causal=causal[index],
+                window=None if window[index] < 0 else window[index],
                 teacher_heads=teacher_heads[begin : begin + compared] if teacher_heads else None,
                 grad_q=grad_q[index],
                 grad_k=grad_k[index],
@@ -55,9 +59,7 @@ def resolve(
             )
         )
         begin += compared
-    problem = Problem(
-        pairs, coefficients, causal, None if window < 0 else window, temperature, distance
-    )
+    problem = Problem(pairs, coefficients, temperature, distance)
     chosen = _engines.choose("attention_kl", student_q[0].device, refusals(problem), engine)
     return problem, chosen, _pairs.present(grad_q, grad_k)
 

@@ -40,12 +40,12 @@ def attention_kl(
     teacher_k: Tensor | Sequence[Tensor],
     *,
     mask: Tensor | Sequence[Tensor | None] | None = None,
-    causal: bool = False,
-    window: int | None = None,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    causal: bool | Sequence[bool] = False,
+    window: int | None | Sequence[int | None] = None,
+    student_scale: float | None | Sequence[float | None] = None,
+    teacher_scale: float | None | Sequence[float | None] = None,
+    student_softcap: float | None | Sequence[float | None] = None,
+    teacher_softcap: float | None | Sequence[float | None] = None,
     temperature: float = 1.0,
     heads: str | Sequence[int] = "match",
     distance: str = "kl",
@@ -72,7 +72,8 @@ def attention_kl(
         teacher_k: `[B, Hkv', T, K']`; head counts and widths may differ from the student's.
         mask: `[B, T]`, bool or float weights >= 0, of query rows; keys of weight 0 are masked.
             Padding may be on either side. One for all pairs, or one per pair.
-        causal: keys j <= i only.
+        causal: keys j <= i only. This and the next five are one value for all pairs, or a list
+            with one per pair (as where a model alternates windows).
         window: keys with |i - j| < window only (`sliding_window` of transformers).
         student_scale: factor of q.k; default K^-0.5. teacher_scale likewise.
         student_softcap: > 0, scores become softcap * tanh(scores / softcap). teacher_softcap
@@ -138,9 +139,9 @@ torch.library.define(
     "fakd::attention_kl",
     "(Tensor[] student_q, Tensor[] student_k, Tensor[] teacher_q, Tensor[] teacher_k, "
     "Tensor[] row_weights, Tensor coefficients, int[] row_weights_of, bool[] wants_q, "
-    "bool[] wants_k, float[] student_scale, float[] teacher_scale, float student_softcap, "
-    "float teacher_softcap, float temperature, bool causal, SymInt window, int[] teacher_heads, "
-    "str distance, str engine) -> (Tensor, Tensor, Tensor[])",
+    "bool[] wants_k, float[] student_scale, float[] teacher_scale, float[] student_softcap, "
+    "float[] teacher_softcap, bool[] causal, SymInt[] window, float temperature, "
+    "int[] teacher_heads, str distance, str engine) -> (Tensor, Tensor, Tensor[])",
 )
 
 

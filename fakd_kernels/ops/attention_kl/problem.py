@@ -27,10 +27,22 @@ class Pair:
     student: Side
     teacher: Side
     row_weights: Tensor | None  # [B, T] float32, >= 0: of query rows; keys of weight 0 are masked
+    is_causal: bool
+    window: int | None  # keys with |i - j| < window
     teacher_heads: list[int] | None  # the teacher head of every student head; None: heads averaged
     grad_q: Tensor | None  # to fill, of `grad_dtype(student.q)`
     grad_k: Tensor | None
     sums: Tensor  # [H], or [1] where heads are averaged; to fill
+
+    def key_range(self, begin: int, end: int) -> tuple[int, int]:
+        """The keys that some of the query rows [begin, end) may attend to."""
+        first, last = 0, self.student.q.shape[2]
+        if self.is_causal:
+            last = end
+        if self.window is not None:
+            first = max(first, begin - self.window + 1)
+            last = min(last, end + self.window - 1)
+        return first, last
 
 
 @dataclass(frozen=True)
@@ -45,17 +57,5 @@ class Problem:
 
     pairs: list[Pair]
     coefficients: Tensor  # [L] float32 (float64 for float64 inputs)
-    is_causal: bool
-    window: int | None  # keys with |i - j| < window
     temperature: float
     distance: str  # one of DISTANCES
-
-    def key_range(self, begin: int, end: int, tokens: int) -> tuple[int, int]:
-        """The keys that some of the query rows [begin, end) may attend to."""
-        first, last = 0, tokens
-        if self.is_causal:
-            last = end
-        if self.window is not None:
-            first = max(first, begin - self.window + 1)
-            last = min(last, end + self.window - 1)
-        return first, last

@@ -18,12 +18,12 @@ def attention_kl_reference(
     teacher_k: Sequence[Tensor],
     mask: Sequence[Tensor | None],
     *,
-    causal: bool = False,
-    window: int | None = None,
-    student_scale: float | None = None,
-    teacher_scale: float | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
+    causal: bool | Sequence[bool] = False,
+    window: int | None | Sequence[int | None] = None,
+    student_scale: float | None | Sequence[float | None] = None,
+    teacher_scale: float | None | Sequence[float | None] = None,
+    student_softcap: float | None | Sequence[float | None] = None,
+    teacher_softcap: float | None | Sequence[float | None] = None,
     temperature: float = 1.0,
     heads: str | Sequence[int] = "match",
     distance: str = "kl",
@@ -40,14 +40,27 @@ def attention_kl_reference(
         loss [], per_pair [L], per_head (a list of [H], of [1] where heads are averaged).
     """
     per_pair, per_head = [], []
-    for sq, sk, tq, tk, rows in zip(student_q, student_k, teacher_q, teacher_k, mask, strict=True):
+    count = len(student_q)
+
+    def apart(values) -> list:
+        return list(values) if isinstance(values, (list, tuple)) else [values] * count
+
+    for sq, sk, tq, tk, rows, *options in zip(
+        student_q,
+        student_k,
+        teacher_q,
+        teacher_k,
+        mask,
+        *map(apart, (causal, window)),
+        *map(apart, (student_scale, teacher_scale, student_softcap, teacher_softcap)),
+        strict=True,
+    ):
+        is_causal, keys_within, s_scale, t_scale, s_cap, t_cap = options
         batch, _, tokens, _ = sq.shape
         w = torch.ones(batch, tokens, device=sq.device) if rows is None else rows
-        allowed = allowed_keys(w, causal, window)
-        student = _log_maps(sq, sk, allowed, student_scale, student_softcap, temperature)
-        teacher = _log_maps(
-            tq.detach(), tk.detach(), allowed, teacher_scale, teacher_softcap, temperature
-        )
+        allowed = allowed_keys(w, is_causal, keys_within)
+        student = _log_maps(sq, sk, allowed, s_scale, s_cap, temperature)
+        teacher = _log_maps(tq.detach(), tk.detach(), allowed, t_scale, t_cap, temperature)
         if heads == "mean":
             student, teacher = (_log_mean(maps, allowed) for maps in (student, teacher))
         elif heads != "match":
@@ -145,10 +158,10 @@ def _fill_pair(problem: Problem, pair: Pair, coefficient: Tensor) -> None:
     block = max(1, _BLOCK_BYTES // max(1, batch * most_heads * tokens * work.itemsize))
     for begin in range(0, tokens, block):
         end = min(tokens, begin + block)
-        first, last = problem.key_range(begin, end, tokens)
+        first, last = pair.key_range(begin, end)
         rows, keys = slice(begin, end), slice(first, last)
         allowed = allowed_keys(
-            weights, problem.is_causal, problem.window, (begin, end), (first, last)
+            weights, pair.is_causal, pair.window, (begin, end), (first, last)
         )
         q = pair.student.q[:, :, rows].to(work)
         slope, student = _log_rows(q, student_k[:, :, keys], allowed, pair.student, problem)
