@@ -19,11 +19,11 @@ def attention_kl_reference(
     mask: Sequence[Tensor | None],
     *,
     causal: bool | Sequence[bool] = False,
-    window: int | None | Sequence[int | None] = None,
-    student_scale: float | None | Sequence[float | None] = None,
-    teacher_scale: float | None | Sequence[float | None] = None,
-    student_softcap: float | None | Sequence[float | None] = None,
-    teacher_softcap: float | None | Sequence[float | None] = None,
+    window: int | Sequence[int | None] | None = None,
+    student_scale: float | Sequence[float | None] | None = None,
+    teacher_scale: float | Sequence[float | None] | None = None,
+    student_softcap: float | Sequence[float | None] | None = None,
+    teacher_softcap: float | Sequence[float | None] | None = None,
     temperature: float = 1.0,
     heads: str | Sequence[int] = "match",
     distance: str = "kl",
@@ -160,9 +160,7 @@ def _fill_pair(problem: Problem, pair: Pair, coefficient: Tensor) -> None:
         end = min(tokens, begin + block)
         first, last = pair.key_range(begin, end)
         rows, keys = slice(begin, end), slice(first, last)
-        allowed = allowed_keys(
-            weights, pair.is_causal, pair.window, (begin, end), (first, last)
-        )
+        allowed = allowed_keys(weights, pair.is_causal, pair.window, (begin, end), (first, last))
         q = pair.student.q[:, :, rows].to(work)
         slope, student = _log_rows(q, student_k[:, :, keys], allowed, pair.student, problem)
         tq = pair.teacher.q[:, :, rows].to(work)
