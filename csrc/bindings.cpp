@@ -122,7 +122,7 @@ fakd::Heads pick_heads(const std::vector<Tensor>& tensors, int64_t index) {
 
 // `places` is [L, 3] by rows: the pair's row weights, query gradient and key gradient as places in
 // the lists (-1: absent); `teacher_heads` holds the teacher head of every student head, pair after
-// pair.
+// pair; none where heads are averaged.
 void attention_kl(
     std::vector<Tensor> student_q, std::vector<Tensor> student_k, std::vector<Tensor> teacher_q,
     std::vector<Tensor> teacher_k, std::vector<Tensor> row_weights, Tensor coefficients,
@@ -158,10 +158,14 @@ void attention_kl(
     }
     pair.grad_q = pick_heads(grads, places[3 * index + 1]);
     pair.grad_k = pick_heads(grads, places[3 * index + 2]);
-    pair.teacher_heads = teacher_heads.data() + begin;
-    begin += pair.student_q.heads;
+    const bool is_mean = teacher_heads.empty();
+    if (!is_mean) {
+      pair.teacher_heads = teacher_heads.data() + begin;
+      begin += pair.student_q.heads;
+    }
     STD_TORCH_CHECK(
-        begin <= int64_t(teacher_heads.size()) && sums[index].numel() == pair.student_q.heads,
+        begin <= int64_t(teacher_heads.size()) &&
+            sums[index].numel() == (is_mean ? 1 : pair.student_q.heads),
         "fakd_ext::attention_kl was given too few heads.");
     const float inverse_temperature = float(1.0 / temperature);
     pair.student = {

@@ -26,12 +26,12 @@ struct AttentionPair {
   Heads student_q, student_k, teacher_q, teacher_k;
   Heads grad_q, grad_k;                // float32 or bfloat16, or absent
   const float* row_weights = nullptr;  // [B, T], or absent
-  const int64_t* teacher_heads = nullptr;  // the teacher head of every student head
+  const int64_t* teacher_heads = nullptr;  // of every student head; absent: heads averaged
   ScoreSide student, teacher;
   bool is_causal = false;
   int64_t window = -1;  // -1: none
   double coefficient = 0;
-  float* sums = nullptr;  // [H]
+  float* sums = nullptr;  // [H], or [1] where heads are averaged
 };
 
 struct AttentionProblem {

@@ -37,6 +37,14 @@ MatrixOf<Element> row_major(const Element* data, int64_t rows, int64_t columns) 
   return row_major(data, rows, columns, columns);
 }
 
+// Equal matrices, a stride apart.
+struct Stack {
+  Matrix first;
+  int64_t count, stride;
+
+  Stack transposed() const { return {first.transposed(), count, stride}; }
+};
+
 inline int32_t torch_dtype(const float*) { return aoti_torch_dtype_float32(); }
 inline int32_t torch_dtype(const uint16_t*) { return aoti_torch_dtype_bfloat16(); }
 
@@ -46,9 +54,13 @@ class Blob {
   explicit Blob(const MatrixOf<Element>& matrix) {
     const int64_t sizes[2] = {matrix.rows, matrix.columns};
     const int64_t strides[2] = {matrix.row_stride, matrix.column_stride};
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
-        const_cast<Element*>(matrix.data), 2, sizes, strides, 0, torch_dtype(matrix.data),
-        aoti_torch_device_type_cpu(), 0, &handle_, aoti_torch_layout_strided(), nullptr, 0));
+    create(matrix.data, 2, sizes, strides);
+  }
+  explicit Blob(const Stack& stack) {
+    const Matrix& first = stack.first;
+    const int64_t sizes[3] = {stack.count, first.rows, first.columns};
+    const int64_t strides[3] = {stack.stride, first.row_stride, first.column_stride};
+    create(first.data, 3, sizes, strides);
   }
   ~Blob() { aoti_torch_delete_tensor_object(handle_); }
   Blob(const Blob&) = delete;
@@ -56,6 +68,13 @@ class Blob {
   AtenTensorHandle handle() const { return handle_; }
 
  private:
+  template <class Element>
+  void create(const Element* data, int64_t rank, const int64_t* sizes, const int64_t* strides) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob_v2(
+        const_cast<Element*>(data), rank, sizes, strides, 0, torch_dtype(data),
+        aoti_torch_device_type_cpu(), 0, &handle_, aoti_torch_layout_strided(), nullptr, 0));
+  }
+
   AtenTensorHandle handle_ = nullptr;
 };
 
@@ -68,6 +87,20 @@ void multiply(
   const Blob result(out), left(a), right(b);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
       result.handle(), result.handle(), left.handle(), right.handle(), is_added ? 1.0 : 0.0, 1.0));
+}
+
+// The same for every matrix of a stack, in one call.
+inline void multiply(const Stack& out, const Stack& a, const Stack& b, bool is_added = false) {
+  if (out.count == 1) return multiply(out.first, a.first, b.first, is_added);
+  if (out.count == 0 || out.first.rows == 0 || out.first.columns == 0) return;
+  const Blob result(out), left(a), right(b);
+  if (is_added) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_baddbmm_out(
+        result.handle(), result.handle(), left.handle(), right.handle(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_bmm_out(result.handle(), left.handle(), right.handle()));
+  }
 }
 
 // The lower triangle of a product known to be symmetric, in strips: two thirds of the time of the

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,10 +38,12 @@ namespace avx2 {
 #define FAKD_VECTOR_BYTES 32
 #define FAKD_ISA_NAME "avx2"
 #define FAKD_STREAM(address, value) _mm256_stream_ps(address, (__m256)(value))
+#define FAKD_MAX(a, b) _mm256_max_ps((__m256)(a), (__m256)(b))
 #include "row_kernels.inc"
 #undef FAKD_VECTOR_BYTES
 #undef FAKD_ISA_NAME
 #undef FAKD_STREAM
+#undef FAKD_MAX
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -55,10 +58,24 @@ namespace avx512 {
 #define FAKD_VECTOR_BYTES 64
 #define FAKD_ISA_NAME "avx512"
 #define FAKD_STREAM(address, value) _mm512_stream_ps(address, (__m512)(value))
+#define FAKD_MAX(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
+#define FAKD_LARGEST(a) _mm512_reduce_max_ps((__m512)(a))
+#define FAKD_SUM(a) _mm512_reduce_add_ps((__m512)(a))
+#define FAKD_SCALE_BY_POWER(a, n) _mm512_scalef_ps((__m512)(a), (__m512)(n))
+#define FAKD_LOAD_LANES(rest, x, lanes) \
+  _mm512_mask_loadu_ps((__m512)(rest), __mmask16((1u << (lanes)) - 1), x)
+#define FAKD_STORE_LANES(x, lanes, a) \
+  _mm512_mask_storeu_ps(x, __mmask16((1u << (lanes)) - 1), (__m512)(a))
 #include "row_kernels.inc"
 #undef FAKD_VECTOR_BYTES
 #undef FAKD_ISA_NAME
 #undef FAKD_STREAM
+#undef FAKD_MAX
+#undef FAKD_LARGEST
+#undef FAKD_SUM
+#undef FAKD_SCALE_BY_POWER
+#undef FAKD_LOAD_LANES
+#undef FAKD_STORE_LANES
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop

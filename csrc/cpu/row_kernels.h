@@ -19,18 +19,18 @@ struct RowWeights {
   float student, teacher, difference;
 };
 
-enum class ScoreDistance { kl, reverse_kl, mse };
+enum class ScoreDistance { kl, reverse_kl, mse, jsd };
 
 // What becomes of raw products q.k: softcap * tanh(scale q.k / softcap) / temperature.
 struct ScoreSide {
   float scale = 1, softcap = 0, inverse_temperature = 1;  // softcap 0: none
 };
 
-// One query row. Up to 15 elements behind each row of n are overwritten.
+// One query row.
 struct ScoreRow {
   float* student_scores;  // raw; become the gradient by them
   float* teacher_scores;  // raw; lost
-  float* slope;           // room for n elements and the 15, where the student has a softcap
+  float* slope;           // room for n elements, where the student has a softcap
   int64_t n;
   ScoreSide student, teacher;
   ScoreDistance distance;
@@ -57,6 +57,20 @@ struct RowKernels {
   void (*add_product)(const float* x, const float* y, int64_t n, float* out);
   // The distance of a row, and in place of the student's scores its gradient times gain.
   double (*score_row)(const ScoreRow& row, float gain, bool wants_grad);
+  // What follows takes base-2 logarithms of probabilities. In place of raw scores; with the slope of
+  // capped ones.
+  void (*log_softmax_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
+  // Of the mean over heads, whose rows are a stride apart.
+  void (*log_mean_rows)(
+      const float* x, int64_t heads, int64_t head_stride, int64_t n, float* out);
+  // The distance, and in place of the teacher its derivative by the student's probabilities.
+  double (*log_map_row)(
+      const float* student, float* teacher, int64_t n, ScoreDistance distance, bool wants_grad);
+  // In place of logarithms the gradient by raw scores, from what log_map_row left in place of the
+  // teacher; `products` is room for a row, that one or another.
+  void (*softmax_gradient_row)(
+      float* x, const float* by_map, float* products, const float* slope, int64_t n,
+      ScoreDistance distance, float gain);
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);

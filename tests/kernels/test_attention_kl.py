@@ -16,10 +16,6 @@ DISTANCES = ("kl", "reverse_kl", "jsd", "mse")
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
-def is_served_by_cpu(case: AttentionCase, distance: str) -> bool:
-    return case.options.get("heads") != "mean" and distance != "jsd"
-
-
 def results(inputs, *, reference: bool, **options) -> dict[str, torch.Tensor]:
     if reference:
         loss, per_pair, per_head = inputs.call_reference(**options)
@@ -50,8 +46,7 @@ def check(inputs, engine: str, **options) -> None:
 def test_value_and_gradients(case, engine, dtypes):
     inputs = make_inputs(case, *DTYPES[dtypes])
     for distance in DISTANCES:
-        if engine == "reference" or is_served_by_cpu(case, distance):
-            check(inputs, engine, distance=distance)
+        check(inputs, engine, distance=distance)
 
 
 def test_formula_by_hand():
@@ -79,7 +74,7 @@ def test_gradcheck_of_the_reference_engine(heads, distance):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("distance", ["kl", "reverse_kl", "mse"])
+@pytest.mark.parametrize("distance", DISTANCES)
 def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient(engine, distance):
     inputs = make_inputs(CASES_BY_ID["equal"])
     got = results(inputs, reference=False, engine=engine, distance=distance)
@@ -183,10 +178,10 @@ BAD_CALLS = {
     "distance": (_call(*_FOUR, distance="l2"), ValueError, "distance must be one of"),
     "integers": (_call(*[t.int() for t in _FOUR]), TypeError, "got torch.int32"),
     "count": (_call([_FOUR[0]] * 2, *[[t] for t in _FOUR[1:]]), ValueError, "one entry per layer"),
-    "engine-mean": (
-        _call(*_FOUR, heads="mean", engine="cpu"),
+    "engine-double": (
+        _call(*[t.double() for t in _FOUR], engine="cpu"),
         RuntimeError,
-        "heads='mean' is serv",
+        "float64 is served by the reference engine only",
     ),
 }
 
@@ -240,6 +235,6 @@ def test_compiles_whole_with_dynamic_shapes():
 
 def test_explain_says_who_serves():
     assert "served by the cpu engine" in explain("attention_kl", *_FOUR)
-    text = explain("attention_kl", *_FOUR, heads="mean")
+    text = explain("attention_kl", *[t.double() for t in _FOUR])
     assert "served by the reference engine" in text
-    assert "not cpu: heads='mean' is served by the reference engine so far" in text
+    assert "not cpu: float64 is served by the reference engine only" in text

@@ -31,11 +31,9 @@ for case in CASES:
                 count += 1
 from tests.support.attention_cases import CASES, make_inputs
 for case in CASES:
-    if case.options.get("heads") == "mean":
-        continue
     for dtypes in ((torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)):
         inputs = make_inputs(case, *dtypes)
-        for distance in ("kl", "reverse_kl", "mse"):
+        for distance in ("kl", "reverse_kl", "mse", "jsd"):
             loss = inputs.call(engine="cpu", distance=distance).loss
             torch.autograd.grad(loss, list(inputs.leaves.values()))
             count += 1

@@ -56,6 +56,17 @@ CASES = (
     AttentionCase(
         "mean", "heads averaged", ((2, 19, (4, 2, 8), (6, 3, 12)),), options={"heads": "mean"}
     ),
+    AttentionCase(
+        "mean-spread",
+        "averages of probabilities that underflow; caps, a window and padding",
+        ((2, 133, (3, 1, 16), (4, 4, 8)),),
+        mask="holes",
+        spread=30.0,
+        options={"heads": "mean", "causal": True, "window": 90, "teacher_softcap": 60.0},
+    ),
+    AttentionCase(
+        "mean-blocks", "several blocks", ((1, 300, (6, 6, 8), (6, 2, 8)),), options={"heads": "mean"}
+    ),
     AttentionCase("equal", "student = teacher", ((2, 40, (3, 3, 16), (3, 3, 16)),), is_equal=True),
     AttentionCase(
         "ragged",

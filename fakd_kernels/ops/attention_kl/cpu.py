@@ -4,7 +4,7 @@ import torch
 
 from .problem import Problem
 
-DISTANCES = {"kl": 0, "reverse_kl": 1, "mse": 2}
+DISTANCES = {"kl": 0, "reverse_kl": 1, "mse": 2, "jsd": 3}
 
 
 def fill(problem: Problem) -> None:
@@ -32,7 +32,7 @@ def fill(problem: Problem) -> None:
         row_weights,
         problem.coefficients.contiguous(),
         places,
-        [head for pair in problem.pairs for head in pair.teacher_heads],
+        [head for pair in problem.pairs for head in pair.teacher_heads or ()],
         grads,
         [pair.sums for pair in problem.pairs],
         [s.scale for s, _ in sides],

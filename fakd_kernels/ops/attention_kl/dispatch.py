@@ -77,10 +77,6 @@ def refusals(problem: Problem) -> _engines.Refusals:
         reason = f"it serves CPU tensors, these are on {device}"
     elif problem.coefficients.dtype == torch.float64:
         reason = "float64 is served by the reference engine only"
-    elif problem.pairs[0].teacher_heads is None:
-        reason = "heads='mean' is served by the reference engine so far"
-    elif problem.distance not in cpu.DISTANCES:
-        reason = f"distance={problem.distance!r} is served by the reference engine so far"
     return {"reference": None, "cpu": reason or _extension.cpu_absent()}
 
 

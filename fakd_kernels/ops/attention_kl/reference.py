@@ -216,8 +216,10 @@ def _score_gradient(
     if distance == "kl" and not is_mean:
         return p - t
     if distance == "kl":
-        by_map = -(teacher - maps).exp()
-    elif distance == "reverse_kl":
+        # T times P / S, which is at most H: T / S alone overflows where S is tiny.
+        product = t * (student - maps).exp()
+        return (p * product.sum(-1, keepdim=True) - product) / student.shape[1]
+    if distance == "reverse_kl":
         by_map = maps - teacher
     elif distance == "mse":
         by_map = 2 * (maps.exp() - t)

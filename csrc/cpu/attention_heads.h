@@ -1,0 +1,179 @@
+// Some heads of one side of an attention: their score rows, block by block of query rows.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "attention_kl.h"
+#include "gemm.h"
+#include "memory.h"
+
+namespace fakd {
+
+// Which keys the counted tokens of one batch entry may attend to. Tokens of weight 0 are left out
+// from the start, so padding costs nothing and is never read.
+class Attended {
+ public:
+  Attended(const AttentionPair& pair, int64_t batch)
+      : weights_(
+            pair.row_weights == nullptr ? nullptr
+                                        : pair.row_weights + batch * pair.student_q.tokens),
+        tokens_(pair.student_q.tokens, weights_), is_causal_(pair.is_causal), window_(pair.window) {}
+
+  int64_t count() const { return tokens_.count(); }
+  int64_t token(int64_t row) const { return tokens_[row]; }
+  const CountedRows& tokens() const { return tokens_; }
+  const float* weights() const { return weights_; }
+  double weight(int64_t row) const { return weights_ == nullptr ? 1.0 : weights_[tokens_[row]]; }
+
+  // Counted keys [first_key(row), last_key(row)) are those of a counted row; neither ever falls.
+  int64_t first_key(int64_t row) const {
+    return window_ < 0 ? 0 : lower_bound(tokens_[row] - window_ + 1);
+  }
+  int64_t last_key(int64_t row) const {
+    if (is_causal_) return row + 1;
+    return window_ < 0 ? count() : lower_bound(tokens_[row] + window_);
+  }
+
+ private:
+  // The first counted row that is not before a position.
+  int64_t lower_bound(int64_t position) const {
+    int64_t low = 0, high = count();
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (tokens_[middle] < position) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+
+  const float* weights_;
+  const CountedRows tokens_;
+  const bool is_causal_;
+  const int64_t window_;
+};
+
+// A key head and the query heads that use it.
+struct KeyUnit {
+  int64_t key_head;
+  std::vector<int64_t> query_heads;
+};
+
+struct HeadsScratch {
+  Scratch keys, queries, scores, grad;
+};
+
+// Every unit has equally many query heads. Operands are copied side by side, in float32: products of
+// rows that lie far apart take up to 1.3 times as long.
+class AttentionHeads {
+ public:
+  AttentionHeads(
+      const RowKernels& kernels, const Heads& q, const Heads& k, int64_t batch,
+      const Attended& attended, std::vector<KeyUnit> key_units, int64_t block_rows, int64_t stride,
+      HeadsScratch& scratch)
+      : kernels_(kernels), q_(q), batch_(batch), attended_(attended), units_(std::move(key_units)),
+        group_(int64_t(units_[0].query_heads.size())), padded_stride_(stride), scratch_(scratch) {
+    std::vector<Rows> keys;
+    for (const KeyUnit& unit : units_) keys.push_back(k.at(batch, unit.key_head));
+    pack(keys, 0, attended.count(), scratch.keys.reserve(units() * attended.count() * width()));
+    for (const KeyUnit& unit : units_) {
+      for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
+    }
+    scratch.queries.reserve(heads() * block_rows * width());
+    scratch.scores.reserve(heads() * block_rows * stride);
+  }
+
+  int64_t units() const { return int64_t(units_.size()); }
+  int64_t heads() const { return units() * group_; }
+  int64_t width() const { return q_.width; }
+
+  // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last).
+  void compute_scores(int64_t begin, int64_t end, int64_t first, int64_t last) {
+    begin_ = begin, rows_ = end - begin, first_ = first, last_ = last;
+    // torch multiplies a stack in one call only if the result has no gaps. Without a stack gaps are
+    // better: rows a power of two apart meet in few sets of the cache.
+    stride_ = units() > 1 ? last - first : padded_stride_;
+    pack(query_rows_, begin, end, scratch_.queries.get());
+    multiply(scores(), this->queries(), keys().transposed());
+  }
+
+  // The row of one head, counted from the first row of the block.
+  float* score_row(int64_t head, int64_t row) {
+    return scratch_.scores.get() + (head * rows_ + row) * stride_;
+  }
+  // From the row of one head to that of the next.
+  int64_t head_stride() const { return rows_ * stride_; }
+
+  // With gradients in place of the scores: the queries' gradients of this block.
+  void write_query_grad(const Heads& grad) {
+    float* product = scratch_.grad.reserve(heads() * rows_ * width());
+    multiply(stack_of(product, group_ * rows_, width(), group_ * rows_ * width()), scores(), keys());
+    for (int64_t head = 0; head < heads(); ++head) {
+      const Rows to = grad.at(batch_, units_[head / group_].query_heads[head % group_]);
+      for (int64_t row = 0; row < rows_; ++row, product += width()) {
+        write_row(kernels_, product, to, attended_.token(begin_ + row));
+      }
+    }
+  }
+
+  // Likewise the keys' gradients, [units, count, K], or what this block adds to them.
+  void add_key_grad(float* grad, bool is_added) {
+    const int64_t size = attended_.count() * width();
+    multiply(
+        stack_of(grad + first_ * width(), last_ - first_, width(), size), scores().transposed(),
+        queries(), is_added);
+  }
+
+ private:
+  Stack stack_of(const float* data, int64_t rows, int64_t columns, int64_t stride) const {
+    return {row_major(data, rows, columns), units(), stride};
+  }
+  Stack keys() const {
+    const int64_t size = attended_.count() * width();
+    return stack_of(scratch_.keys.get() + first_ * width(), last_ - first_, width(), size);
+  }
+  Stack queries() const {
+    return stack_of(scratch_.queries.get(), group_ * rows_, width(), group_ * rows_ * width());
+  }
+  Stack scores() const {
+    const int64_t rows = group_ * rows_;
+    return {row_major(scratch_.scores.get(), rows, last_ - first_, stride_), units(), rows * stride_};
+  }
+
+  // Rows of all heads, head after head. Read in the order they have in memory.
+  void pack(const std::vector<Rows>& from, int64_t begin, int64_t end, float* to) const {
+    const int64_t heads = int64_t(from.size()), rows = end - begin;
+    const bool is_interleaved =
+        heads > 1 && static_cast<char*>(from[1].data) - static_cast<char*>(from[0].data) <
+                         from[0].stride * int64_t(element_bytes(from[0].dtype));
+    const int64_t outer = is_interleaved ? rows : heads, inner = is_interleaved ? heads : rows;
+    for (int64_t i = 0; i < outer; ++i) {
+      for (int64_t j = 0; j < inner; ++j) {
+        const int64_t head = is_interleaved ? j : i, row = is_interleaved ? i : j;
+        pack_row(from[head], attended_.token(begin + row), to + (head * rows + row) * width());
+      }
+    }
+  }
+  void pack_row(const Rows& from, int64_t token, float* to) const {
+    if (from.dtype != Dtype::float32) {
+      kernels_.widen(row_address(from, token), from.dtype, from.columns, to);
+      return;
+    }
+    const float* row = reinterpret_cast<const float*>(row_address(from, token));
+    for (int64_t j = 0; j < from.columns; ++j) to[j] = row[j];
+  }
+
+  const RowKernels& kernels_;
+  const Heads& q_;
+  const int64_t batch_;
+  const Attended& attended_;
+  const std::vector<KeyUnit> units_;
+  const int64_t group_, padded_stride_;
+  HeadsScratch& scratch_;
+  std::vector<Rows> query_rows_;  // of every head
+  int64_t stride_ = 0;
+  int64_t begin_ = 0, rows_ = 0, first_ = 0, last_ = 0;
+};
+
+}  // namespace fakd
