@@ -19,6 +19,7 @@ from tests.support.accuracy import assert_accurate
 from .harness import Row, Step, extra_peak_mb, interleave
 from .shapes import FEATURE_SHAPES, FeatureShape
 
+SHAPES = FEATURE_SHAPES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

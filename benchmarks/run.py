@@ -12,7 +12,10 @@ from rich.table import Table
 from . import harness
 from .harness import Goal, Row
 
-OPS = {"feature_alignment": "bench_feature_alignment"}
+OPS = {
+    "feature_alignment": "bench_feature_alignment",
+    "attention_kl": "bench_attention_kl",
+}
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     for op in options.ops or OPS:
         bench = importlib.import_module(f"benchmarks.{OPS[op]}")
         for dtype in [options.dtype] if options.dtype else bench.DTYPES:
-            for shape in bench.FEATURE_SHAPES:
+            for shape in bench.SHAPES:
                 console.print(f"{op}: {shape}, {dtype} ...")
                 rows.append(bench.run(shape, dtype, 2.0 if options.quick else 8.0))
     console.print(table(rows))

@@ -20,6 +20,94 @@ class FeatureShape:
         return self.student_width != self.teacher_width
 
 
+@dataclass(frozen=True)
+class AttentionShape:
+    """Layer pairs of `attention_kl`: `pairs` times B texts of T tokens, H heads of width K."""
+
+    pairs: int
+    batch: int
+    tokens: int
+    heads: tuple[int, int]  # of the student and of the teacher
+    widths: tuple[int, int]  # of a head, likewise
+    is_causal: bool = False
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def is_mean(self) -> bool:
+        return self.heads[0] != self.heads[1]
+
+    @property
+    def gflop(self) -> float:
+        """2 FLOPs of every product needed: the scores of both sides, dQ and dK."""
+        keys = (self.tokens + 1) / 2 if self.is_causal else self.tokens
+        columns = 3 * self.heads[0] * self.widths[0] + self.heads[1] * self.widths[1]
+        return 2 * self.pairs * self.batch * self.tokens * keys * columns / 1e9
+
+
+ATTENTION_SHAPES = {
+    # MiniLM (12 heads of 32) under BERT-base (12 of 64).
+    "B8 H12 T512, 32 and 64 wide": AttentionShape(
+        1,
+        8,
+        512,
+        (12, 12),
+        (32, 64),
+        goals=(
+            Goal("eager", at_least=11),
+            Goal("compiled", at_least=3.8),
+            Goal("limit", at_most=1.6),
+        ),
+    ),
+    # A small decoder under a large one.
+    "B1 H8 T2048, 64 and 128 wide": AttentionShape(
+        1,
+        1,
+        2048,
+        (8, 8),
+        (64, 128),
+        goals=(
+            Goal("eager", at_least=7),
+            Goal("compiled", at_least=3.3),
+            Goal("limit", at_most=1.4),
+        ),
+    ),
+    "B1 H8 T2048, causal": AttentionShape(
+        1,
+        1,
+        2048,
+        (8, 8),
+        (64, 128),
+        is_causal=True,
+        goals=(
+            Goal("eager", at_least=10),
+            Goal("compiled", at_least=5),
+            Goal("not causal", at_most=0.75),
+        ),
+    ),
+    # MiniLM under its own kind, six pairs of short texts.
+    "6 x B32 H12 T128, 32 wide": AttentionShape(
+        6,
+        32,
+        128,
+        (12, 12),
+        (32, 32),
+        goals=(
+            Goal("eager", at_least=5),
+            Goal("compiled", at_least=2),
+            Goal("limit", at_most=2.2),
+        ),
+    ),
+    # Unequal head counts: maps are averaged over heads first.
+    "B8 H6 and 12 T512, mean": AttentionShape(
+        1,
+        8,
+        512,
+        (6, 12),
+        (32, 32),
+        goals=(Goal("eager", at_least=5), Goal("compiled", at_least=2)),
+    ),
+}
+
 FEATURE_SHAPES = {
     # 12 layers of BERT-base against a copy of its width: 32 sequences of 128 tokens.
     "12 x 4096 x 768, no projection": FeatureShape(

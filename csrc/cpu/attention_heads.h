@@ -60,6 +60,8 @@ struct KeyUnit {
   std::vector<int64_t> query_heads;
 };
 
+constexpr int64_t ROWS_AHEAD = 12;
+
 struct HeadsScratch {
   Scratch keys, queries, scores, grad;
 };
@@ -161,6 +163,9 @@ class AttentionHeads {
       return;
     }
     const float* row = reinterpret_cast<const float*>(row_address(from, token));
+    for (int64_t j = 0; j < from.columns; j += 16) {
+      __builtin_prefetch(row + ROWS_AHEAD * from.stride + j, 0, 2);
+    }
     for (int64_t j = 0; j < from.columns; ++j) to[j] = row[j];
   }
 

@@ -71,6 +71,16 @@ struct RowKernels {
   void (*softmax_gradient_row)(
       float* x, const float* by_map, float* products, const float* slope, int64_t n,
       ScoreDistance distance, float gain);
+  // The same in fewer powers, where no average underflows. In place of raw scores 2^(score - maximum);
+  // returns their sum.
+  double (*powers_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
+  // log2 in place; false, and nothing done, if a number is too small to have kept its bits, or NaN.
+  bool (*log2_row)(float* x, int64_t n);
+  // -2^x in place: of the logarithm that log_map_row leaves for kl.
+  void (*negative_powers_row)(float* x, int64_t n);
+  // In place of powers the gradient by raw scores, from that by probabilities.
+  void (*powers_gradient_row)(
+      float* x, const float* by_map, const float* slope, int64_t n, float inverse_sum, float gain);
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);

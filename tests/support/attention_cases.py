@@ -65,7 +65,10 @@ CASES = (
         options={"heads": "mean", "causal": True, "window": 90, "teacher_softcap": 60.0},
     ),
     AttentionCase(
-        "mean-blocks", "several blocks", ((1, 300, (6, 6, 8), (6, 2, 8)),), options={"heads": "mean"}
+        "mean-blocks",
+        "several blocks",
+        ((1, 300, (6, 6, 8), (6, 2, 8)),),
+        options={"heads": "mean"},
     ),
     AttentionCase("equal", "student = teacher", ((2, 40, (3, 3, 16), (3, 3, 16)),), is_equal=True),
     AttentionCase(

@@ -1,0 +1,331 @@
+// One task of attention alignment: blocks of query rows of some heads, from scores to gradients.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "attention_heads.h"
+#include "attention_kl.h"
+#include "row_kernels.h"
+
+namespace fakd {
+
+// The score blocks of both sides: most of a private cache of 2 MiB.
+constexpr int64_t SCORE_BYTES = 5 << 18;
+constexpr int64_t LEAST_ROWS = 16, MOST_ROWS = 256;  // of a block; fewer make slow products
+
+struct HeadsTask {
+  int64_t pair, batch;
+  int64_t first_unit, units;  // student key heads
+  int64_t split, splits;      // of the query rows
+  double* sums;               // [H] of the pair
+  float* grad_k;              // [units, count, K], where query rows are split
+};
+
+struct TaskScratch {
+  HeadsScratch student, teacher;
+  Scratch slope, student_map, teacher_map, grad_k;
+};
+
+// How a pair is cut into blocks; depends on its sizes alone.
+struct Blocks {
+  int64_t units;  // student key heads of a task
+  int64_t rows;   // query rows of a block
+  int64_t stride;
+
+  Blocks(const AttentionPair& pair, bool is_mean, int64_t tokens) {
+    const int64_t key_heads = std::max<int64_t>(1, pair.student_k.heads);
+    const int64_t group = pair.student_q.heads / key_heads;
+    stride = (tokens + 31) / 16 * 16;
+    const int64_t row_bytes = stride * int64_t(sizeof(float));
+    const int64_t heads = is_mean ? pair.student_q.heads + pair.teacher_q.heads : 2 * group;
+    const int64_t affordable = SCORE_BYTES / (row_bytes * std::max<int64_t>(1, heads));
+    // Blocks of equal size: a short last one would waste its products.
+    const int64_t most = std::clamp(affordable, LEAST_ROWS, MOST_ROWS);
+    const int64_t count = std::max<int64_t>(1, (tokens + most - 1) / most);
+    rows = std::max<int64_t>(1, (tokens + count - 1) / count);
+    const int64_t most_units = std::clamp<int64_t>(affordable / rows, 1, key_heads);
+    const int64_t tasks = (key_heads + most_units - 1) / most_units;
+    units = is_mean ? key_heads : (key_heads + tasks - 1) / tasks;
+  }
+};
+
+class TaskRun {
+ public:
+  TaskRun(const AttentionProblem& problem, const HeadsTask& task, TaskScratch& scratch)
+      : kernels_(row_kernels()), problem_(problem), pair_(problem.pairs[task.pair]), task_(task),
+        is_mean_(pair_.teacher_heads == nullptr), scratch_(scratch), attended_(pair_, task.batch),
+        blocks_(pair_, is_mean_, attended_.count()) {}
+
+  void run() {
+    const std::vector<KeyUnit> student_units = units_of_student();
+    if (task_.split == 0) clear_uncounted(student_units);
+    if (attended_.count() == 0) return;
+    AttentionHeads student(
+        kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, student_units,
+        blocks_.rows, blocks_.stride, scratch_.student);
+    AttentionHeads teacher(
+        kernels_, pair_.teacher_q, pair_.teacher_k, task_.batch, attended_,
+        units_of_teacher(student_units), blocks_.rows, blocks_.stride, scratch_.teacher);
+    const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
+    const int64_t size = attended_.count() * student.width();
+    float* grad_k = task_.grad_k;
+    if (wants_key && grad_k == nullptr) grad_k = scratch_.grad_k.reserve(student.units() * size);
+    const int64_t block_count = (attended_.count() + blocks_.rows - 1) / blocks_.rows;
+    const int64_t first_block = block_count * task_.split / task_.splits;
+    const int64_t last_block = block_count * (task_.split + 1) / task_.splits;
+    // The first block writes all of the keys' gradient if it meets all keys; else it adds to zeros.
+    bool is_begun = first_block == last_block || pair_.is_causal || pair_.window >= 0;
+    if (wants_key && is_begun) std::memset(grad_k, 0, student.units() * size * sizeof(float));
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t begin = block * blocks_.rows;
+      const int64_t end = std::min(attended_.count(), begin + blocks_.rows);
+      const int64_t first = attended_.first_key(begin), last = attended_.last_key(end - 1);
+      student.compute_scores(begin, end, first, last);
+      teacher.compute_scores(begin, end, first, last);
+      const Block rows = {begin, end, first, last};
+      if (!is_mean_) {
+        match_block(student, teacher, rows);
+      } else if (!mean_block(student, teacher, rows)) {
+        student.compute_scores(begin, end, first, last);
+        teacher.compute_scores(begin, end, first, last);
+        log_mean_block(student, teacher, rows);
+      }
+      if (wants_key || wants_query) clear_masked(student, rows);
+      if (wants_query) student.write_query_grad(pair_.grad_q);
+      if (wants_key) student.add_key_grad(grad_k, is_begun);
+      is_begun = true;
+    }
+    if (wants_key && task_.grad_k == nullptr) write_key_grad(student_units, grad_k);
+  }
+
+  // Where query rows are split: what all tasks of the same heads found, in the order of their rows.
+  void add_splits(const HeadsTask* others) {
+    if (attended_.count() == 0) return;
+    const int64_t size = task_.units * attended_.count() * pair_.student_k.width;
+    for (int64_t split = 1; split < task_.splits; ++split) {
+      kernels_.add_scaled(others[split].grad_k, 1.0f, size, task_.grad_k);
+    }
+    write_key_grad(units_of_student(), task_.grad_k);
+  }
+
+ private:
+  // Query rows [begin, end) and the keys [first, last) that some of them may attend to.
+  struct Block {
+    int64_t begin, end, first, last;
+  };
+  // Keys of one row, counted from the first key of its block.
+  struct Range {
+    int64_t first, last;
+  };
+  Range keys_of(int64_t row, const Block& block) const {
+    return {attended_.first_key(row) - block.first, attended_.last_key(row) - block.first};
+  }
+  bool wants_grad() const {
+    return pair_.grad_q.data != nullptr || pair_.grad_k.data != nullptr;
+  }
+
+  std::vector<KeyUnit> units_of_student() const {
+    const int64_t group = pair_.student_q.heads / pair_.student_k.heads;
+    std::vector<KeyUnit> units(task_.units);
+    for (int64_t unit = 0; unit < task_.units; ++unit) {
+      units[unit].key_head = task_.first_unit + unit;
+      units[unit].query_heads.resize(group);
+      std::iota(
+          units[unit].query_heads.begin(), units[unit].query_heads.end(),
+          units[unit].key_head * group);
+    }
+    return units;
+  }
+
+  // All heads, or those that the student's are compared with, in the student's order: as many units
+  // as the student's where the heads of each unit share a key head here too, else one for every head.
+  std::vector<KeyUnit> units_of_teacher(const std::vector<KeyUnit>& student_units) const {
+    const int64_t group = pair_.teacher_q.heads / pair_.teacher_k.heads;
+    std::vector<KeyUnit> whole, single;
+    if (is_mean_) {
+      for (int64_t key_head = 0; key_head < pair_.teacher_k.heads; ++key_head) {
+        whole.push_back({key_head, std::vector<int64_t>(group)});
+        std::iota(
+            whole.back().query_heads.begin(), whole.back().query_heads.end(), key_head * group);
+      }
+      return whole;
+    }
+    bool is_shared = true;
+    for (const KeyUnit& unit : student_units) {
+      whole.push_back({-1, {}});
+      for (int64_t head : unit.query_heads) {
+        const int64_t teacher_head = pair_.teacher_heads[head];
+        single.push_back({teacher_head / group, {teacher_head}});
+        KeyUnit& last = whole.back();
+        is_shared = is_shared && (last.key_head < 0 || last.key_head == teacher_head / group);
+        last.key_head = teacher_head / group;
+        last.query_heads.push_back(teacher_head);
+      }
+    }
+    return is_shared ? whole : single;
+  }
+
+  void match_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
+    float* slope = pair_.student.softcap > 0 ? scratch_.slope.reserve(blocks_.stride) : nullptr;
+    const int64_t first_head = task_.first_unit * (pair_.student_q.heads / pair_.student_k.heads);
+    for (int64_t row = block.begin; row < block.end; ++row) {
+      const Range keys = keys_of(row, block);
+      const double weight = attended_.weight(row);
+      for (int64_t head = 0; head < student.heads(); ++head) {
+        const ScoreRow call = {
+            student.score_row(head, row - block.begin) + keys.first,
+            teacher.score_row(head, row - block.begin) + keys.first,
+            slope,
+            keys.last - keys.first,
+            pair_.student,
+            pair_.teacher,
+            problem_.distance};
+        const float gain = float(weight * pair_.coefficient);
+        task_.sums[first_head + head] += weight * kernels_.score_row(call, gain, wants_grad());
+      }
+    }
+  }
+
+  // False, and nothing counted, if some average is too small for its bits.
+  bool mean_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
+    const int64_t stride = blocks_.stride;
+    float* slopes = slopes_of(student.heads());
+    float* map = scratch_.student_map.reserve(stride);
+    float* teacher_map = scratch_.teacher_map.reserve(stride);
+    inverse_sums_.resize(std::max(student.heads(), teacher.heads()));
+    double sum = 0;
+    for (int64_t row = block.begin; row < block.end; ++row) {
+      const int64_t place = row - block.begin;
+      const Range keys = keys_of(row, block);
+      const int64_t n = keys.last - keys.first;
+      average(teacher, pair_.teacher, place, keys, nullptr, teacher_map);
+      average(student, pair_.student, place, keys, slopes, map);
+      if (!kernels_.log2_row(map, n) || !kernels_.log2_row(teacher_map, n)) return false;
+      const double weight = attended_.weight(row);
+      sum += weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, wants_grad());
+      if (!wants_grad()) continue;
+      if (problem_.distance == ScoreDistance::kl) kernels_.negative_powers_row(teacher_map, n);
+      for (int64_t head = 0; head < student.heads(); ++head) {
+        kernels_.powers_gradient_row(
+            student.score_row(head, place) + keys.first, teacher_map,
+            slopes == nullptr ? nullptr : slopes + head * stride, n, inverse_sums_[head],
+            gain_of_mean(weight, student.heads()));
+      }
+    }
+    task_.sums[0] += sum;
+    return true;
+  }
+
+  // Powers in place of the scores of all heads, and the mean of their probabilities.
+  void average(
+      AttentionHeads& heads, const ScoreSide& side, int64_t place, Range keys, float* slopes,
+      float* map) {
+    const int64_t n = keys.last - keys.first;
+    for (int64_t head = 0; head < heads.heads(); ++head) {
+      float* scores = heads.score_row(head, place) + keys.first;
+      float* slope = slopes == nullptr ? nullptr : slopes + head * blocks_.stride;
+      const double inverse = 1.0 / kernels_.powers_row(scores, n, side, slope);
+      inverse_sums_[head] = float(inverse);
+      const float share = float(inverse / double(heads.heads()));
+      if (head == 0) kernels_.scale(scores, share, n, map);
+      else kernels_.add_scaled(scores, share, n, map);
+    }
+  }
+
+  // The same in logarithms, which never underflow: three powers for one.
+  void log_mean_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
+    const int64_t stride = blocks_.stride;
+    float* slopes = slopes_of(student.heads());
+    float* map = scratch_.student_map.reserve(stride);
+    float* teacher_map = scratch_.teacher_map.reserve(stride);
+    for (int64_t row = block.begin; row < block.end; ++row) {
+      const int64_t place = row - block.begin;
+      const Range keys = keys_of(row, block);
+      const int64_t n = keys.last - keys.first;
+      log_average(student, pair_.student, place, keys, slopes, map);
+      log_average(teacher, pair_.teacher, place, keys, nullptr, teacher_map);
+      const double weight = attended_.weight(row);
+      task_.sums[0] +=
+          weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, wants_grad());
+      if (!wants_grad()) continue;
+      float* spare = teacher.score_row(0, place);  // already averaged
+      for (int64_t head = 0; head < student.heads(); ++head) {
+        kernels_.softmax_gradient_row(
+            student.score_row(head, place) + keys.first, teacher_map, spare,
+            slopes == nullptr ? nullptr : slopes + head * stride, n, problem_.distance,
+            gain_of_mean(weight, student.heads()));
+      }
+    }
+  }
+
+  void log_average(
+      AttentionHeads& heads, const ScoreSide& side, int64_t place, Range keys, float* slopes,
+      float* map) {
+    const int64_t n = keys.last - keys.first;
+    for (int64_t head = 0; head < heads.heads(); ++head) {
+      float* slope = slopes == nullptr ? nullptr : slopes + head * blocks_.stride;
+      kernels_.log_softmax_row(heads.score_row(head, place) + keys.first, n, side, slope);
+    }
+    kernels_.log_mean_rows(
+        heads.score_row(0, place) + keys.first, heads.heads(), heads.head_stride(), n, map);
+  }
+
+  float* slopes_of(int64_t heads) {
+    return pair_.student.softcap > 0 ? scratch_.slope.reserve(heads * blocks_.stride) : nullptr;
+  }
+
+  float gain_of_mean(double weight, int64_t heads) const {
+    const ScoreSide& side = pair_.student;
+    return float(
+        weight * pair_.coefficient * side.scale * side.inverse_temperature / double(heads));
+  }
+
+  // Gradients by scores of keys that a row may not attend to.
+  void clear_masked(AttentionHeads& student, const Block& block) const {
+    for (int64_t row = block.begin; row < block.end; ++row) {
+      const Range keys = keys_of(row, block);
+      if (keys.first == 0 && keys.last == block.last - block.first) continue;
+      for (int64_t head = 0; head < student.heads(); ++head) {
+        float* scores = student.score_row(head, row - block.begin);
+        std::fill(scores, scores + keys.first, 0.0f);
+        std::fill(scores + keys.last, scores + (block.last - block.first), 0.0f);
+      }
+    }
+  }
+
+  void clear_uncounted(const std::vector<KeyUnit>& units) const {
+    for (const KeyUnit& unit : units) {
+      if (pair_.grad_k.data != nullptr) {
+        zero_uncounted(pair_.grad_k.at(task_.batch, unit.key_head), attended_.weights());
+      }
+      for (int64_t head : unit.query_heads) {
+        if (pair_.grad_q.data == nullptr) break;
+        zero_uncounted(pair_.grad_q.at(task_.batch, head), attended_.weights());
+      }
+    }
+  }
+
+  void write_key_grad(const std::vector<KeyUnit>& units, const float* from) const {
+    for (const KeyUnit& unit : units) {
+      const Rows to = pair_.grad_k.at(task_.batch, unit.key_head);
+      for (int64_t row = 0; row < attended_.count(); ++row, from += to.columns) {
+        write_row(kernels_, from, to, attended_.token(row));
+      }
+    }
+  }
+
+  const RowKernels& kernels_;
+  const AttentionProblem& problem_;
+  const AttentionPair& pair_;
+  const HeadsTask& task_;
+  const bool is_mean_;
+  TaskScratch& scratch_;
+  const Attended attended_;
+  const Blocks blocks_;
+  std::vector<float> inverse_sums_;
+};
+
+}  // namespace fakd
