@@ -175,16 +175,14 @@ class TaskRun {
       const Range keys = keys_of(row, block);
       const double weight = attended_.weight(row);
       for (int64_t head = 0; head < student.heads(); ++head) {
+        float* scores = student.score_row(head, row - block.begin) + keys.first;
+        float* teacher_scores = teacher.score_row(head, row - block.begin) + keys.first;
         const ScoreRow call = {
-            student.score_row(head, row - block.begin) + keys.first,
-            teacher.score_row(head, row - block.begin) + keys.first,
-            slope,
-            keys.last - keys.first,
-            pair_.student,
-            pair_.teacher,
-            problem_.distance};
+            scores,        teacher_scores, scores, teacher_scores, slope, keys.last - keys.first,
+            pair_.student, pair_.teacher,  problem_.distance};
         const float gain = float(weight * pair_.coefficient);
-        task_.sums[first_head + head] += weight * kernels_.score_row(call, gain, wants_grad());
+        const ScoreValues values = kernels_.score_row(call, gain, 0, wants_grad());
+        task_.sums[first_head + head] += weight * values.distance;
       }
     }
   }
@@ -205,9 +203,9 @@ class TaskRun {
       average(student, pair_.student, place, keys, slopes, map);
       if (!kernels_.log2_row(map, n) || !kernels_.log2_row(teacher_map, n)) return false;
       const double weight = attended_.weight(row);
-      sum += weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, wants_grad());
+      sum += weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, 0.5f, wants_grad());
       if (!wants_grad()) continue;
-      if (problem_.distance == ScoreDistance::kl) kernels_.negative_powers_row(teacher_map, n);
+      if (problem_.distance == ScoreDistance::kl) kernels_.ratio_row(map, teacher_map, n);
       for (int64_t head = 0; head < student.heads(); ++head) {
         kernels_.powers_gradient_row(
             student.score_row(head, place) + keys.first, teacher_map,
@@ -249,12 +247,12 @@ class TaskRun {
       log_average(teacher, pair_.teacher, place, keys, nullptr, teacher_map);
       const double weight = attended_.weight(row);
       task_.sums[0] +=
-          weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, wants_grad());
+          weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, 0.5f, wants_grad());
       if (!wants_grad()) continue;
       float* spare = teacher.score_row(0, place);  // already averaged
       for (int64_t head = 0; head < student.heads(); ++head) {
         kernels_.softmax_gradient_row(
-            student.score_row(head, place) + keys.first, teacher_map, spare,
+            student.score_row(head, place) + keys.first, map, teacher_map, spare,
             slopes == nullptr ? nullptr : slopes + head * stride, n, problem_.distance,
             gain_of_mean(weight, student.heads()));
       }
@@ -267,7 +265,8 @@ class TaskRun {
     const int64_t n = keys.last - keys.first;
     for (int64_t head = 0; head < heads.heads(); ++head) {
       float* slope = slopes == nullptr ? nullptr : slopes + head * blocks_.stride;
-      kernels_.log_softmax_row(heads.score_row(head, place) + keys.first, n, side, slope);
+      float* scores = heads.score_row(head, place) + keys.first;
+      kernels_.log_softmax_row(scores, n, side, slope, scores);
     }
     kernels_.log_mean_rows(
         heads.score_row(0, place) + keys.first, heads.heads(), heads.head_stride(), n, map);

@@ -26,14 +26,24 @@ struct ScoreSide {
   float scale = 1, softcap = 0, inverse_temperature = 1;  // softcap 0: none
 };
 
-// One query row.
+// One row of scores of both sides: a query's, or a token's logits.
 struct ScoreRow {
-  float* student_scores;  // raw; become the gradient by them
-  float* teacher_scores;  // raw; lost
-  float* slope;           // room for n elements, where the student has a softcap
+  const float* student;  // raw
+  const float* teacher;  // raw
+  float* grad;   // becomes the gradient by the student's raw scores; may be `student`
+  float* spare;  // room for n elements; may be `teacher`
+  float* slope;  // likewise, where the student has a softcap
   int64_t n;
-  ScoreSide student, teacher;
+  ScoreSide student_side, teacher_side;
   ScoreDistance distance;
+  float jsd_beta = 0.5f;             // the mixture is beta T + (1 - beta) S
+  int64_t label = -1;                // -1: none
+  float* label_powers = nullptr;     // room for n elements, where there is a label
+  int64_t student_ahead = 0, teacher_ahead = 0;  // to the rows that come next, to ask for them
+};
+
+struct ScoreValues {
+  double distance = 0, cross_entropy = 0;
 };
 
 struct RowKernels {
@@ -55,29 +65,32 @@ struct RowKernels {
   void (*add_scaled)(const float* x, float scale, int64_t n, float* out);
   // out += x * y, element by element.
   void (*add_product)(const float* x, const float* y, int64_t n, float* out);
-  // The distance of a row, and in place of the student's scores its gradient times gain.
-  double (*score_row)(const ScoreRow& row, float gain, bool wants_grad);
-  // What follows takes base-2 logarithms of probabilities. In place of raw scores; with the slope of
-  // capped ones.
-  void (*log_softmax_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
+  // The distance of a row and the cross-entropy with its label; their gradients, times gain and
+  // label_gain, in one.
+  ScoreValues (*score_row)(const ScoreRow& row, float gain, float label_gain, bool wants_grad);
+  // What follows takes base-2 logarithms of probabilities. From raw scores, which `out` may be; with
+  // the slope of capped ones.
+  void (*log_softmax_row)(
+      const float* x, int64_t n, const ScoreSide& side, float* slope, float* out);
   // Of the mean over heads, whose rows are a stride apart.
   void (*log_mean_rows)(
       const float* x, int64_t heads, int64_t head_stride, int64_t n, float* out);
   // The distance, and in place of the teacher its derivative by the student's probabilities.
   double (*log_map_row)(
-      const float* student, float* teacher, int64_t n, ScoreDistance distance, bool wants_grad);
+      const float* student, float* teacher, int64_t n, ScoreDistance distance, float jsd_beta,
+      bool wants_grad);
   // In place of logarithms the gradient by raw scores, from what log_map_row left in place of the
-  // teacher; `products` is room for a row, that one or another.
+  // teacher and the student it saw; `products` is room for a row, the former or another.
   void (*softmax_gradient_row)(
-      float* x, const float* by_map, float* products, const float* slope, int64_t n,
-      ScoreDistance distance, float gain);
+      float* x, const float* student, const float* by_map, float* products, const float* slope,
+      int64_t n, ScoreDistance distance, float gain);
   // The same in fewer powers, where no average underflows. In place of raw scores 2^(score - maximum);
   // returns their sum.
   double (*powers_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
   // log2 in place; false, and nothing done, if a number is too small to have kept its bits, or NaN.
   bool (*log2_row)(float* x, int64_t n);
-  // -2^x in place: of the logarithm that log_map_row leaves for kl.
-  void (*negative_powers_row)(float* x, int64_t n);
+  // The derivative that log_map_row does not write for kl, -T / S, in place of the teacher.
+  void (*ratio_row)(const float* student, float* teacher, int64_t n);
   // In place of powers the gradient by raw scores, from that by probabilities.
   void (*powers_gradient_row)(
       float* x, const float* by_map, const float* slope, int64_t n, float inverse_sum, float gain);
