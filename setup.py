@@ -70,12 +70,7 @@ class AbiWheel(bdist_wheel):
 
 CPU_LIBRARY = Extension(
     "fakd_kernels._C_cpu",
-    [
-        "csrc/bindings.cpp",
-        "csrc/cpu/attention_kl.cpp",
-        "csrc/cpu/feature_alignment.cpp",
-        "csrc/cpu/row_kernels.cpp",
-    ],
+    [str(path) for path in sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])],
     depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))],
     define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
     extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],

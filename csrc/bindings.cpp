@@ -11,45 +11,16 @@
 #include "cpu/attention_kl.h"
 #include "cpu/feature_alignment.h"
 #include "cpu/feature_bfloat16.h"
+#include "tensors.h"
 
 namespace {
 
 using fakd::Dtype;
+using fakd::dtype_of;
+using fakd::pick;
 using fakd::Rows;
-using torch::headeronly::ScalarType;
+using fakd::rows_of;
 using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "fakd_ext takes float32, float16 and bfloat16 tensors only.");
-  return Dtype::float32;
-}
-
-// A matrix with a contiguous last axis; a vector counts as one row.
-Rows rows_of(const Tensor& tensor) {
-  const bool is_vector = tensor.dim() == 1;
-  STD_TORCH_CHECK(tensor.is_cpu(), "fakd_ext takes CPU tensors only.");
-  STD_TORCH_CHECK(is_vector || tensor.dim() == 2, "fakd_ext takes vectors and matrices only.");
-  Rows rows;
-  rows.data = const_cast<void*>(tensor.const_data_ptr());
-  rows.dtype = dtype_of(tensor);
-  rows.rows = is_vector ? 1 : tensor.size(0);
-  rows.columns = tensor.size(is_vector ? 0 : 1);
-  rows.stride = is_vector ? rows.columns : tensor.stride(0);
-  STD_TORCH_CHECK(
-      rows.columns <= 1 || tensor.stride(is_vector ? 0 : 1) == 1,
-      "fakd_ext takes tensors with a contiguous last axis only.");
-  return rows;
-}
-
-Rows pick(const std::vector<Tensor>& tensors, int64_t index) {
-  return index < 0 ? Rows{} : rows_of(tensors.at(size_t(index)));
-}
 
 std::vector<Rows> all(const std::vector<Tensor>& tensors) {
   std::vector<Rows> rows;

@@ -225,7 +225,7 @@ class TaskRun {
     for (int64_t head = 0; head < heads.heads(); ++head) {
       float* scores = heads.score_row(head, place) + keys.first;
       float* slope = slopes == nullptr ? nullptr : slopes + head * blocks_.stride;
-      const double inverse = 1.0 / kernels_.powers_row(scores, n, side, slope);
+      const double inverse = 1.0 / kernels_.powers_row(scores, n, side, slope).sum;
       inverse_sums_[head] = float(inverse);
       const float share = float(inverse / double(heads.heads()));
       if (head == 0) kernels_.scale(scores, share, n, map);

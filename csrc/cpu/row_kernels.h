@@ -46,6 +46,12 @@ struct ScoreValues {
   double distance = 0, cross_entropy = 0;
 };
 
+// Of a row of powers: their sum, and the score (capped, if it is) from which they were taken.
+struct Powers {
+  double sum = 0;
+  float most = 0;
+};
+
 struct RowKernels {
   const char* name;  // "avx512" | "avx2" | "neon" | "baseline"
 
@@ -84,9 +90,8 @@ struct RowKernels {
   void (*softmax_gradient_row)(
       float* x, const float* student, const float* by_map, float* products, const float* slope,
       int64_t n, ScoreDistance distance, float gain);
-  // The same in fewer powers, where no average underflows. In place of raw scores 2^(score - maximum);
-  // returns their sum.
-  double (*powers_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
+  // The same in fewer powers, where no average underflows. In place of raw scores 2^(score - maximum).
+  Powers (*powers_row)(float* x, int64_t n, const ScoreSide& side, float* slope);
   // log2 in place; false, and nothing done, if a number is too small to have kept its bits, or NaN.
   bool (*log2_row)(float* x, int64_t n);
   // The derivative that log_map_row does not write for kl, -T / S, in place of the teacher.
@@ -94,6 +99,10 @@ struct RowKernels {
   // In place of powers the gradient by raw scores, from that by probabilities.
   void (*powers_gradient_row)(
       float* x, const float* by_map, const float* slope, int64_t n, float inverse_sum, float gain);
+  // out = cap tanh(scale x / cap), and its slope by scale x. `out` may be x.
+  void (*cap_row)(const float* x, int64_t n, float scale, float cap, float* out, float* slope);
+  // x *= factors, element by element.
+  void (*multiply_row)(const float* factors, int64_t n, float* x);
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);

@@ -47,7 +47,7 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
     assert compiler, "g++ is needed to build the C++ engine with sanitizers"
     torch = build_backend.find_torch()
     library = tmp_path / "_C_cpu_sanitized.so"
-    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
+    sources = [*sorted((ROOT / "csrc").glob("*.cpp")), *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fno-omit-frame-pointer"]
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{torch}/include"]

@@ -1,0 +1,207 @@
+// KL of two LM heads from hidden states: logits exist as one float32 block of tokens, reused.
+//
+// For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
+// and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
+// gradients 2 R V float32. Heads in half precision are widened a slice at a time. Products run on all
+// threads, row kernels on one row per thread.
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "gemm.h"
+#include "memory.h"
+#include "output_rows.h"
+#include "top_rows.h"
+
+namespace fakd {
+namespace {
+
+// Tokens per block decide the speed of products: few tokens read both heads too often.
+constexpr int64_t BLOCK_BYTES = 16 << 20, LEAST_TOKENS = 40;
+constexpr int64_t SLICE_BYTES = 8 << 20;  // of a head that must be widened
+
+class LinearRun {
+ public:
+  explicit LinearRun(const LinearProblem& problem)
+      : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
+        count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary),
+        has_teacher_(problem.teacher.hidden.data != nullptr) {
+    const int64_t sides = has_teacher_ ? 2 : 1;
+    const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
+    const int64_t most = problem.block_bytes > 0
+                             ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
+                             : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
+    const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
+    block_ = (count_ + blocks - 1) / blocks;
+  }
+
+  void run() {
+    zero_uncounted(problem_.grad_hidden, problem_.terms.row_weights);
+    prepare_sums();
+    if (count_ > 0) {
+      student_.reserve(block_ * vocabulary_);
+      if (has_teacher_) teacher_.reserve(block_ * vocabulary_);
+    }
+    for (int64_t begin = 0; begin < count_; begin += block_) {
+      run_block(begin, std::min(count_, begin + block_));
+    }
+    write_sums();
+    rows_.finish();
+  }
+
+ private:
+  bool wants_grad() const {
+    return problem_.grad_hidden.data != nullptr || problem_.grad_head.data != nullptr ||
+           problem_.grad_bias.data != nullptr;
+  }
+
+  // Sums over tokens: in the caller's memory where that is float32, else in ours.
+  static float* sums_of(const Rows& grad, Scratch& own) {
+    if (grad.data == nullptr) return nullptr;
+    if (grad.dtype == Dtype::float32) return static_cast<float*>(grad.data);
+    return own.reserve(grad.rows * grad.columns);
+  }
+
+  void prepare_sums() {
+    grad_head_ = sums_of(problem_.grad_head, own_grad_head_);
+    grad_bias_ = sums_of(problem_.grad_bias, own_grad_bias_);
+    const int64_t width = problem_.student.head.columns;
+    if (grad_head_ != nullptr) {
+      advise_huge_pages(grad_head_, vocabulary_ * width * sizeof(float));
+      if (count_ == 0) std::memset(grad_head_, 0, vocabulary_ * width * sizeof(float));
+    }
+    if (grad_bias_ != nullptr) std::memset(grad_bias_, 0, vocabulary_ * sizeof(float));
+  }
+
+  void write_sums() {
+    const Rows& head = problem_.grad_head;
+    if (grad_head_ != nullptr && grad_head_ != head.data) {
+      torch::stable::parallel_for(0, head.rows, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          write_row(kernels_, grad_head_ + row * head.columns, head, row);
+        }
+      });
+    }
+    const Rows& bias = problem_.grad_bias;
+    if (grad_bias_ != nullptr && grad_bias_ != bias.data) write_row(kernels_, grad_bias_, bias, 0);
+  }
+
+  void run_block(int64_t begin, int64_t end) {
+    const int64_t tokens = end - begin;
+    const Matrix hidden = fetch(
+        kernels_, problem_.student.hidden, rows_.counted(), begin, end, student_hidden_);
+    const Matrix logits = row_major<float>(student_.get(), tokens, vocabulary_);
+    multiply_head(logits, hidden, problem_.student.head);
+    if (has_teacher_) {
+      const Matrix teacher_hidden = fetch(
+          kernels_, problem_.teacher.hidden, rows_.counted(), begin, end, teacher_hidden_);
+      multiply_head(
+          row_major<float>(teacher_.get(), tokens, vocabulary_), teacher_hidden,
+          problem_.teacher.head);
+    }
+    torch::stable::parallel_for(0, tokens, 1, [&](int64_t first, int64_t last) {
+      OutputScratch scratch;
+      Scratch bias;
+      const float* biases[2] = {
+          bias_of(problem_.student.bias, scratch.student),
+          bias_of(problem_.teacher.bias, scratch.teacher)};
+      TopRow top(problem_.terms, problem_.top);
+      for (int64_t index = first; index < last; ++index) {
+        run_row(rows_.counted()[begin + index], index, biases, scratch, top);
+      }
+    });
+    if (!wants_grad()) return;
+    if (problem_.grad_hidden.data != nullptr) write_hidden_grad(logits, begin, end);
+    if (grad_head_ != nullptr) {
+      multiply(
+          row_major<float>(grad_head_, vocabulary_, hidden.columns), logits.transposed(), hidden,
+          begin > 0);
+    }
+    if (grad_bias_ != nullptr) {
+      // In slices, so that every thread adds to entries of its own.
+      torch::stable::parallel_for(0, vocabulary_, 4096, [&](int64_t first, int64_t last) {
+        for (int64_t token = 0; token < tokens; ++token) {
+          kernels_.add_scaled(
+              student_.get() + token * vocabulary_ + first, 1.0f, last - first, grad_bias_ + first);
+        }
+      });
+    }
+  }
+
+  const float* bias_of(const Rows& bias, Scratch& room) const {
+    if (bias.data == nullptr) return nullptr;
+    if (bias.dtype == Dtype::float32) return static_cast<const float*>(bias.data);
+    float* out = room.reserve(bias.columns);
+    kernels_.widen(bias.data, bias.dtype, bias.columns, out);
+    return out;
+  }
+
+  void run_row(
+      int64_t token, int64_t place, const float* const biases[2], OutputScratch& scratch,
+      TopRow& top) {
+    float* student = student_.get() + place * vocabulary_;
+    if (biases[0] != nullptr) kernels_.add_scaled(biases[0], 1.0f, vocabulary_, student);
+    ScoreRow row = rows_.row(token, scratch);
+    row.student = row.grad = student;
+    if (!has_teacher_) {
+      rows_.record(token, top.score(token, row, float(rows_.weight(token)), wants_grad()));
+      return;
+    }
+    float* teacher = teacher_.get() + place * vocabulary_;
+    if (biases[1] != nullptr) kernels_.add_scaled(biases[1], 1.0f, vocabulary_, teacher);
+    row.teacher = row.spare = teacher;
+    rows_.score(token, row, wants_grad());
+  }
+
+  // out = hidden head^T; a head that is not float32 in slices.
+  void multiply_head(const Matrix& out, const Matrix& hidden, const Rows& head) {
+    for_slices(head, [&](const Matrix& slice, int64_t first) {
+      const Matrix columns = {
+          out.data + first, out.rows, slice.rows, out.row_stride, out.column_stride};
+      multiply(columns, hidden, slice.transposed());
+    });
+  }
+
+  void write_hidden_grad(const Matrix& gradient, int64_t begin, int64_t end) {
+    const Rows& grad = problem_.grad_hidden;
+    float* product = grad_hidden_.reserve((end - begin) * grad.columns);
+    const Matrix out = row_major<float>(product, end - begin, grad.columns);
+    for_slices(problem_.student.head, [&](const Matrix& slice, int64_t first) {
+      const Matrix columns = {
+          gradient.data + first, gradient.rows, slice.rows, gradient.row_stride, 1};
+      multiply(out, columns, slice, first > 0);
+    });
+    for (int64_t row = begin; row < end; ++row, product += grad.columns) {
+      write_row(kernels_, product, grad, rows_.counted()[row]);
+    }
+  }
+
+  template <class Work>
+  void for_slices(const Rows& head, const Work& work) {
+    const int64_t slice = head.dtype == Dtype::float32
+                              ? head.rows
+                              : std::max<int64_t>(64, SLICE_BYTES / (4 * head.columns));
+    const CountedRows all(head.rows);
+    for (int64_t first = 0; first < head.rows; first += slice) {
+      work(fetch(kernels_, head, all, first, std::min(head.rows, first + slice), slice_), first);
+    }
+  }
+
+  const RowKernels& kernels_;
+  const LinearProblem& problem_;
+  const OutputRows rows_;
+  const int64_t count_, vocabulary_;
+  const bool has_teacher_;
+  int64_t block_ = 0;
+  Scratch student_, teacher_, student_hidden_, teacher_hidden_, slice_, grad_hidden_;
+  Scratch own_grad_head_, own_grad_bias_;
+  float *grad_head_ = nullptr, *grad_bias_ = nullptr;
+};
+
+}  // namespace
+
+void linear_kl(const LinearProblem& problem) { LinearRun(problem).run(); }
+
+}  // namespace fakd
