@@ -91,6 +91,27 @@ fakd::Heads pick_heads(const std::vector<Tensor>& tensors, int64_t index) {
   return index < 0 ? fakd::Heads{} : heads_of(tensors.at(size_t(index)));
 }
 
+const float* weights_at(const std::vector<Tensor>& row_weights, int64_t index) {
+  if (index < 0) return nullptr;
+  const Tensor& weights = row_weights.at(size_t(index));
+  STD_TORCH_CHECK(
+      weights.is_contiguous() && dtype_of(weights) == Dtype::float32,
+      "fakd_ext takes contiguous float32 row weights.");
+  return static_cast<const float*>(weights.const_data_ptr());
+}
+
+// The teacher heads of the next pair; nullptr where heads are averaged.
+const int64_t* heads_at(
+    const std::vector<int64_t>& teacher_heads, int64_t& begin, int64_t heads, const Tensor& sums) {
+  const bool is_mean = teacher_heads.empty();
+  const int64_t first = begin;
+  if (!is_mean) begin += heads;
+  STD_TORCH_CHECK(
+      begin <= int64_t(teacher_heads.size()) && sums.numel() == (is_mean ? 1 : heads),
+      "fakd_ext was given too few heads.");
+  return is_mean ? nullptr : teacher_heads.data() + first;
+}
+
 // `places` is [L, 3] by rows: the pair's row weights, query gradient and key gradient as places in
 // the lists (-1: absent); `teacher_heads` holds the teacher head of every student head, pair after
 // pair; none where heads are averaged.
@@ -120,24 +141,10 @@ void attention_kl(
     pair.student_k = heads_of(student_k[index]);
     pair.teacher_q = heads_of(teacher_q[index]);
     pair.teacher_k = heads_of(teacher_k[index]);
-    if (places[3 * index] >= 0) {
-      const Tensor& weights = row_weights.at(size_t(places[3 * index]));
-      STD_TORCH_CHECK(
-          weights.is_contiguous() && dtype_of(weights) == Dtype::float32,
-          "fakd_ext::attention_kl takes contiguous float32 row weights.");
-      pair.row_weights = static_cast<const float*>(weights.const_data_ptr());
-    }
+    pair.row_weights = weights_at(row_weights, places[3 * index]);
     pair.grad_q = pick_heads(grads, places[3 * index + 1]);
     pair.grad_k = pick_heads(grads, places[3 * index + 2]);
-    const bool is_mean = teacher_heads.empty();
-    if (!is_mean) {
-      pair.teacher_heads = teacher_heads.data() + begin;
-      begin += pair.student_q.heads;
-    }
-    STD_TORCH_CHECK(
-        begin <= int64_t(teacher_heads.size()) &&
-            sums[index].numel() == (is_mean ? 1 : pair.student_q.heads),
-        "fakd_ext::attention_kl was given too few heads.");
+    pair.teacher_heads = heads_at(teacher_heads, begin, pair.student_q.heads, sums[index]);
     const float inverse_temperature = float(1.0 / temperature);
     pair.student = {
         float(student_scale[index]), float(student_softcap[index]), inverse_temperature};
@@ -151,6 +158,41 @@ void attention_kl(
   }
   problem.distance = static_cast<fakd::ScoreDistance>(distance);
   fakd::attention_kl(problem);
+}
+
+// `places` is [L, 2] by rows: the pair's row weights and gradient; the rest as in attention_kl.
+void attention_map_kl(
+    std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> row_weights,
+    Tensor coefficients, std::vector<int64_t> places, std::vector<int64_t> teacher_heads,
+    std::vector<Tensor> grads, std::vector<Tensor> sums, std::vector<bool> is_causal,
+    std::vector<int64_t> window, bool are_scores, double temperature, int64_t distance) {
+  const size_t count = student.size();
+  STD_TORCH_CHECK(
+      teacher.size() == count && places.size() == 2 * count && sums.size() == count &&
+          is_causal.size() == count && window.size() == count &&
+          coefficients.numel() == int64_t(count) && coefficients.is_contiguous() &&
+          dtype_of(coefficients) == Dtype::float32,
+      "fakd_ext::attention_map_kl was given lists of unequal length.");
+  const float* gains = static_cast<const float*>(coefficients.const_data_ptr());
+  fakd::AttentionMapProblem problem;
+  int64_t begin = 0;
+  for (size_t index = 0; index < count; ++index) {
+    fakd::AttentionMapPair pair;
+    pair.student = heads_of(student[index]);
+    pair.teacher = heads_of(teacher[index]);
+    pair.row_weights = weights_at(row_weights, places[2 * index]);
+    pair.grad = pick_heads(grads, places[2 * index + 1]);
+    pair.teacher_heads = heads_at(teacher_heads, begin, pair.student.heads, sums[index]);
+    pair.is_causal = is_causal[index];
+    pair.window = window[index];
+    pair.coefficient = gains[index];
+    pair.sums = static_cast<float*>(sums[index].mutable_data_ptr());
+    problem.pairs.push_back(pair);
+  }
+  problem.are_scores = are_scores;
+  problem.inverse_temperature = float(1.0 / temperature);
+  problem.distance = static_cast<fakd::ScoreDistance>(distance);
+  fakd::attention_map_kl(problem);
 }
 
 std::string isa() { return fakd::row_kernels().name; }
@@ -173,6 +215,11 @@ STABLE_TORCH_LIBRARY(fakd_ext, m) {
       "int[] teacher_heads, Tensor(a!)[] grads, Tensor(b!)[] sums, float[] student_scale, "
       "float[] teacher_scale, float[] student_softcap, float[] teacher_softcap, bool[] is_causal, "
       "int[] window, float temperature, int distance) -> ()");
+  m.def(
+      "attention_map_kl(Tensor[] student, Tensor[] teacher, Tensor[] row_weights, "
+      "Tensor coefficients, int[] places, int[] teacher_heads, Tensor(a!)[] grads, "
+      "Tensor(b!)[] sums, bool[] is_causal, int[] window, bool are_scores, float temperature, "
+      "int distance) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {
@@ -183,4 +230,5 @@ STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fakd_ext, CPU, m) {
   m.impl("feature_alignment", TORCH_BOX(&feature_alignment));
   m.impl("attention_kl", TORCH_BOX(&attention_kl));
+  m.impl("attention_map_kl", TORCH_BOX(&attention_map_kl));
 }

@@ -2,6 +2,7 @@
 
 from ._engines import EngineStatus, engines, explain
 from .ops.attention_kl import AttentionKL, attention_kl
+from .ops.attention_map_kl import attention_map_kl
 from .ops.feature_alignment import FeatureAlignment, feature_alignment
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "EngineStatus",
     "FeatureAlignment",
     "attention_kl",
+    "attention_map_kl",
     "engines",
     "explain",
     "feature_alignment",

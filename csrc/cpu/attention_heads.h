@@ -15,11 +15,9 @@ namespace fakd {
 // from the start, so padding costs nothing and is never read.
 class Attended {
  public:
-  Attended(const AttentionPair& pair, int64_t batch)
-      : weights_(
-            pair.row_weights == nullptr ? nullptr
-                                        : pair.row_weights + batch * pair.student_q.tokens),
-        tokens_(pair.student_q.tokens, weights_), is_causal_(pair.is_causal), window_(pair.window) {}
+  Attended(int64_t tokens, const float* row_weights, bool is_causal, int64_t window, int64_t batch)
+      : weights_(row_weights == nullptr ? nullptr : row_weights + batch * tokens),
+        tokens_(tokens, weights_), is_causal_(is_causal), window_(window) {}
 
   int64_t count() const { return tokens_.count(); }
   int64_t token(int64_t row) const { return tokens_[row]; }

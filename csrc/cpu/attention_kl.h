@@ -39,6 +39,26 @@ struct AttentionProblem {
   ScoreDistance distance = ScoreDistance::kl;
 };
 
+// Maps that exist: [B, H, T, T].
+struct AttentionMapPair {
+  Heads student, teacher;
+  Heads grad;                          // float32 or bfloat16, or absent
+  const float* row_weights = nullptr;  // [B, T], or absent
+  const int64_t* teacher_heads = nullptr;  // of every student head; absent: heads averaged
+  bool is_causal = false;
+  int64_t window = -1;  // -1: none
+  double coefficient = 0;
+  float* sums = nullptr;  // [H], or [1] where heads are averaged
+};
+
+struct AttentionMapProblem {
+  std::vector<AttentionMapPair> pairs;
+  bool are_scores = false;
+  float inverse_temperature = 1;  // of scores
+  ScoreDistance distance = ScoreDistance::kl;
+};
+
 void attention_kl(const AttentionProblem& problem);
+void attention_map_kl(const AttentionMapProblem& problem);
 
 }  // namespace fakd

@@ -56,7 +56,8 @@ class TaskRun {
  public:
   TaskRun(const AttentionProblem& problem, const HeadsTask& task, TaskScratch& scratch)
       : kernels_(row_kernels()), problem_(problem), pair_(problem.pairs[task.pair]), task_(task),
-        is_mean_(pair_.teacher_heads == nullptr), scratch_(scratch), attended_(pair_, task.batch),
+        is_mean_(pair_.teacher_heads == nullptr), scratch_(scratch), attended_(
+            pair_.student_q.tokens, pair_.row_weights, pair_.is_causal, pair_.window, task.batch),
         blocks_(pair_, is_mean_, attended_.count()) {}
 
   void run() {

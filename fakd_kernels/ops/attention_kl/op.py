@@ -9,28 +9,15 @@ at a time; backward only scales the gradients.
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ... import _engines, _pairs, _validate
+from ..._attention import AttentionKL
 from ..._backward import save_gradients, take_gradients
 from . import dispatch
 from .arguments import lower
-
-
-@dataclass(frozen=True)
-class AttentionKL:
-    """The result of `attention_kl`; a pytree. Only `loss` carries a gradient."""
-
-    loss: Tensor  # []
-    per_pair: Tensor  # [L], detached: weighted mean of the distance over rows and heads
-    per_head: list[Tensor]  # [H] each, detached: likewise per student head ([1] for heads="mean")
-
-
-pytree.register_dataclass(AttentionKL)
 
 
 def attention_kl(
@@ -128,11 +115,7 @@ def attention_kl(
     )
     loss, sums, _ = torch.ops.fakd.attention_kl(*lowered)
     sizes = [dispatch.heads_compared(q, lowered[-3]) for q in lowered[0]]
-    apart = sums.detach().split(sizes)
-    # The normalizer counts heads; the mean of one head does not.
-    per_head = [s * inverse[index].detach() * len(s) for index, s in enumerate(apart)]
-    per_pair = torch.stack([means.mean() for means in per_head])
-    return AttentionKL(loss, per_pair, per_head)
+    return AttentionKL.of(loss, sums, sizes, inverse)
 
 
 torch.library.define(

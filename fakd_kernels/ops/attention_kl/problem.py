@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-DISTANCES = ("kl", "reverse_kl", "jsd", "mse")
+from ..._attention import key_range
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,7 @@ class Pair:
 
     def key_range(self, begin: int, end: int) -> tuple[int, int]:
         """The keys that some of the query rows [begin, end) may attend to."""
-        first, last = 0, self.student.q.shape[2]
-        if self.is_causal:
-            last = end
-        if self.window is not None:
-            first = max(first, begin - self.window + 1)
-            last = min(last, end + self.window - 1)
-        return first, last
+        return key_range(begin, end, self.student.q.shape[2], self.is_causal, self.window)
 
 
 @dataclass(frozen=True)
@@ -58,4 +52,4 @@ class Problem:
     pairs: list[Pair]
     coefficients: Tensor  # [L] float32 (float64 for float64 inputs)
     temperature: float
-    distance: str  # one of DISTANCES
+    distance: str  # one of `_attention.DISTANCES`

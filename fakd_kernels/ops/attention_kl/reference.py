@@ -1,11 +1,11 @@
 """Attention alignment in plain PyTorch: the specification, and the engine that runs anywhere."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..._attention import allowed_keys, distance_of, log_mean, score_gradient
 from .problem import Pair, Problem, Side
 
 _BLOCK_BYTES = 32 << 20  # of the scores of one side of a block of query rows
@@ -62,10 +62,10 @@ def attention_kl_reference(
         student = _log_maps(sq, sk, allowed, s_scale, s_cap, temperature)
         teacher = _log_maps(tq.detach(), tk.detach(), allowed, t_scale, t_cap, temperature)
         if heads == "mean":
-            student, teacher = (_log_mean(maps, allowed) for maps in (student, teacher))
+            student, teacher = (log_mean(maps, allowed) for maps in (student, teacher))
         elif heads != "match":
             teacher = teacher[:, list(heads)]
-        rows_apart = _distance(student, teacher, allowed, distance)  # [B, H, T]
+        rows_apart = distance_of(student, teacher, allowed, distance)  # [B, H, T]
         w = w.to(rows_apart.dtype)[:, None]
         total = torch.where(w == 0, 0, w * rows_apart).sum((0, 2))  # [H]
         count = w.sum() if normalizer is None else torch.as_tensor(normalizer) / total.numel()
@@ -75,27 +75,6 @@ def attention_kl_reference(
     per_pair = torch.stack(per_pair)
     pairs = torch.as_tensor(pair_weights, dtype=per_pair.dtype, device=per_pair.device)
     return weight * (pairs * per_pair).sum(), per_pair, per_head
-
-
-def allowed_keys(
-    weights: Tensor,
-    causal: bool,
-    window: int | None,
-    rows: tuple[int, int] | None = None,
-    keys: tuple[int, int] | None = None,
-) -> Tensor:
-    """[B, 1, R, J] bool: which keys each query row may attend to; all rows and keys by default.
-
-    A row that does not count attends to itself, so that its softmax exists.
-    """
-    tokens = weights.shape[1]
-    i = torch.arange(*(rows or (0, tokens)), device=weights.device)[:, None]
-    j = torch.arange(*(keys or (0, tokens)), device=weights.device)
-    allowed = j <= i if causal else (j == j) & (i == i)
-    if window is not None:
-        allowed = allowed & ((i - j).abs() < window)
-    counted = (weights != 0)[:, slice(*keys) if keys else slice(None)]
-    return (counted[:, None, :] & allowed | (i == j))[:, None]
 
 
 def _log_maps(q, k, allowed, scale, softcap, temperature) -> Tensor:
@@ -108,31 +87,6 @@ def _log_maps(q, k, allowed, scale, softcap, temperature) -> Tensor:
         scores = softcap * torch.tanh(scores / softcap)
     scores = (scores / temperature).masked_fill(~allowed, -torch.inf)
     return torch.log_softmax(scores, -1).masked_fill(~allowed, 0)
-
-
-def _log_mean(log_maps: Tensor, allowed: Tensor) -> Tensor:
-    """The logarithm of the mean over heads, [B, 1, T, T]."""
-    mean = torch.logsumexp(log_maps, 1, keepdim=True) - math.log(log_maps.shape[1])
-    return mean.masked_fill(~allowed, 0)
-
-
-def _distance(student: Tensor, teacher: Tensor, allowed: Tensor, distance: str) -> Tensor:
-    """[B, H, T], of maps given by their logarithms."""
-
-    def probability(log_map: Tensor) -> Tensor:
-        return log_map.exp().masked_fill(~allowed, 0)
-
-    def kl(p: Tensor, q: Tensor) -> Tensor:
-        return (probability(p) * (p - q)).sum(-1)
-
-    if distance == "mse":
-        return (probability(student) - probability(teacher)).square().sum(-1)
-    if distance == "kl":
-        return kl(teacher, student)
-    if distance == "reverse_kl":
-        return kl(student, teacher)
-    middle = torch.logaddexp(student, teacher) - math.log(2)
-    return (kl(teacher, middle) + kl(student, middle)) / 2
 
 
 def fill(problem: Problem) -> None:
@@ -167,15 +121,15 @@ def _fill_pair(problem: Problem, pair: Pair, coefficient: Tensor) -> None:
         _, teacher = _log_rows(tq, teacher_k[:, :, keys], allowed, pair.teacher, problem)
         maps = student
         if pair.teacher_heads is None:
-            maps, teacher = _log_mean(student, allowed), _log_mean(teacher, allowed)
+            maps, teacher = log_mean(student, allowed), log_mean(teacher, allowed)
         else:
             teacher = teacher[:, pair.teacher_heads]
         w = weights[:, None, rows]
-        values = _distance(maps, teacher, allowed, problem.distance)
+        values = distance_of(maps, teacher, allowed, problem.distance)
         pair.sums.add_(torch.where(w == 0, 0, w * values).sum((0, 2)).to(pair.sums.dtype))
         if not wants_any:
             continue
-        grad = _score_gradient(student, maps, teacher, allowed, problem.distance)
+        grad = score_gradient(student, maps, teacher, allowed, problem.distance)
         grad = torch.where(w[..., None] == 0, 0, grad * (w * coefficient)[..., None]) * slope
         grouped = grad.unflatten(1, (student_k.shape[1], -1))  # [B, Hkv, G, R, J]
         if pair.grad_q is not None:
@@ -201,31 +155,3 @@ def _log_rows(
         slope = slope * (1 - capped.square())
     scores = (scores / problem.temperature).masked_fill(~allowed, -torch.inf)
     return slope, torch.log_softmax(scores, -1).masked_fill(~allowed, 0)
-
-
-def _score_gradient(
-    student: Tensor, maps: Tensor, teacher: Tensor, allowed: Tensor, distance: str
-) -> Tensor:
-    """d distance / d scores of every student head, [B, H, R, J].
-
-    `maps` are the student's maps that are compared: `student` itself, or its mean over heads.
-    """
-    p = student.exp().masked_fill(~allowed, 0)
-    t = teacher.exp().masked_fill(~allowed, 0)
-    is_mean = maps is not student
-    if distance == "kl" and not is_mean:
-        return p - t
-    if distance == "kl":
-        # T times P / S, which is at most H: T / S alone overflows where S is tiny.
-        product = t * (student - maps).exp()
-        return (p * product.sum(-1, keepdim=True) - product) / student.shape[1]
-    if distance == "reverse_kl":
-        by_map = maps - teacher
-    elif distance == "mse":
-        by_map = 2 * (maps.exp() - t)
-    else:
-        by_map = (maps - (torch.logaddexp(maps, teacher) - math.log(2))) / 2
-    by_map = by_map.masked_fill(~allowed, 0)
-    if is_mean:
-        by_map = by_map / student.shape[1]
-    return p * (by_map - (p * by_map).sum(-1, keepdim=True))

@@ -1,0 +1,76 @@
+"""From the registered op's arguments to the engine that serves them: the one place that decides."""
+
+import torch
+from torch import Tensor
+
+from ... import _engines, _extension, _pairs
+from . import cpu, reference
+from .problem import Pair, Problem
+
+FILL = {"reference": reference.fill, "cpu": cpu.fill}
+
+
+def resolve(
+    student_maps,
+    teacher_maps,
+    row_weights,
+    coefficients,
+    row_weights_of,
+    wants,
+    causal,
+    window,
+    are_scores,
+    temperature,
+    teacher_heads,
+    distance,
+    engine,
+) -> tuple[Problem, str, list[Tensor]]:
+    """The problem with its buffers, the engine that serves it, and the wanted gradients."""
+    grads = _pairs.grad_buffers(student_maps, wants)
+    pairs = []
+    begin = 0
+    for index, maps in enumerate(student_maps):
+        compared = heads_compared(maps, teacher_heads)
+        pairs.append(
+            Pair(
+                student=maps,
+                teacher=teacher_maps[index],
+                row_weights=_pairs.pick(row_weights, row_weights_of[index]),
+                is_causal=causal[index],
+                window=None if window[index] < 0 else window[index],
+                teacher_heads=teacher_heads[begin : begin + compared] if teacher_heads else None,
+                grad=grads[index],
+                sums=torch.zeros(compared, dtype=coefficients.dtype, device=maps.device),
+            )
+        )
+        begin += compared
+    problem = Problem(pairs, coefficients, are_scores, temperature, distance)
+    device = student_maps[0].device
+    chosen = _engines.choose("attention_map_kl", device, refusals(problem), engine)
+    return problem, chosen, _pairs.present(grads)
+
+
+def heads_compared(maps: Tensor, teacher_heads: list[int]) -> int:
+    """The maps of a pair that are compared: its heads, or one where they are averaged."""
+    return maps.shape[1] if teacher_heads else 1
+
+
+def refusals(problem: Problem) -> _engines.Refusals:
+    """Why each engine cannot serve this call, None where it can."""
+    device = problem.coefficients.device.type
+    reason = None
+    if device != "cpu":
+        reason = f"it serves CPU tensors, these are on {device}"
+    elif problem.coefficients.dtype == torch.float64:
+        reason = "float64 is served by the reference engine only"
+    return {"reference": None, "cpu": reason or _extension.cpu_absent()}
+
+
+def explain(*lowered) -> str:
+    """The engine, the reasons against the others, and the size of every pair, in words."""
+    problem, chosen, _ = resolve(*lowered)
+    lines = _engines.describe("attention_map_kl", chosen, refusals(problem))
+    for index, pair in enumerate(problem.pairs):
+        batch, heads, tokens, _ = pair.student.shape
+        lines.append(f"  pair {index}: {batch} x {heads} maps of {tokens} x {tokens}, row by row")
+    return "\n".join(lines)
