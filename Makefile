@@ -38,7 +38,12 @@ test: $(VENV)/.demo
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_feature_alignment_triton.py
 
-bench: $(VENV)/.installed
+# A contender, without its dependencies: they would replace torch.
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt liger-kernel
+	@touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run
 
 lint: $(VENV)/.installed

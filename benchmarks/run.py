@@ -15,6 +15,8 @@ from .harness import Goal, Row
 OPS = {
     "feature_alignment": "bench_feature_alignment",
     "attention_kl": "bench_attention_kl",
+    "linear_kl": "bench_linear_kl",
+    "logit_kl": "bench_logit_kl",
 }
 
 
@@ -46,22 +48,24 @@ def table(rows: list[Row]) -> Table:
     first = next(iter(rows[0].times_ms))
     title = f"forward + backward on {harness.device_name()}, {torch.get_num_threads()} threads"
     view = Table(title=title)
-    for heading in ("shape", f"fakd ({first}) ms", "eager", "compiled", "limit", "extra peak MB"):
+    for heading in ("shape", f"fakd ({first}) ms", "ratios to others", "extra peak MB"):
         view.add_column(heading, justify="left" if heading == "shape" else "right")
     for row in rows:
         view.add_row(
-            f"{row.shape}, {row.dtype}",
+            f"{row.op} {row.shape}, {row.dtype}",
             f"{row.times_ms[first]['median']:.1f}",
-            *[_ratio(row, first, against) for against in ("eager", "compiled", "limit")],
+            "\n".join(_ratio(row, first, name) for name in row.times_ms if name != first),
             f"{row.extra_peak_mb[first]:.0f} of {row.extra_peak_mb['eager']:.0f}",
         )
     return view
 
 
 def _ratio(row: Row, first: str, against: str) -> str:
-    """How many times faster than a contender; of the limit, how many times its time."""
+    """How many times faster than a contender; of a limit, how many times its time."""
     speedup = row.ratio(first, against)
-    text = f"{1 / speedup:.2f}x its time" if against == "limit" else f"{speedup:.1f}x faster"
+    is_limit = against in ("limit", "not causal")
+    text = f"{1 / speedup:.2f}x the time of" if is_limit else f"{speedup:.1f}x faster than"
+    text += f" {against}"
     for goal in row.goals:
         if goal.against == against:
             text += f" ({_verdict(goal, speedup)})"

@@ -108,6 +108,67 @@ ATTENTION_SHAPES = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class OutputShape:
+    """N tokens over a vocabulary of V; widths of hidden states, or None where logits are given."""
+
+    tokens: int
+    vocabulary: int
+    widths: tuple[int, int] | None = None  # of the student and of the teacher
+    goals: tuple[Goal, ...] = ()
+
+    @property
+    def gflop(self) -> float:
+        """2 FLOPs of every product needed: logits of both sides, dH and dW."""
+        if self.widths is None:
+            return 0.0
+        return 2 * self.tokens * self.vocabulary * (3 * self.widths[0] + self.widths[1]) / 1e9
+
+
+LINEAR_SHAPES = {
+    # A Llama-2 vocabulary under small decoders.
+    "N1024 V32000, 512 and 1024 wide": OutputShape(
+        1024,
+        32000,
+        (512, 1024),
+        (
+            Goal("eager", at_least=1.7),
+            Goal("compiled", at_least=1.1),
+            Goal("liger", at_least=1.2),
+            Goal("limit", at_most=1.1),
+        ),
+    ),
+    # Qwen's vocabulary.
+    "N512 V151936, 256 and 512 wide": OutputShape(
+        512,
+        151936,
+        (256, 512),
+        (
+            Goal("eager", at_least=2),
+            Goal("compiled", at_least=1.1),
+            Goal("liger", at_least=1.25),
+            Goal("limit", at_most=1.15),
+        ),
+    ),
+}
+
+LOGIT_SHAPES = {
+    "2048 x 32000": OutputShape(
+        2048,
+        32000,
+        goals=(
+            Goal("eager", at_least=5),
+            Goal("compiled", at_least=2),
+            Goal("limit", at_most=1.3),
+        ),
+    ),
+    # The logits of a classifier: never slower.
+    "4096 x 8": OutputShape(
+        4096, 8, goals=(Goal("eager", at_least=1), Goal("compiled", at_least=1))
+    ),
+}
+
 FEATURE_SHAPES = {
     # 12 layers of BERT-base against a copy of its width: 32 sequences of 128 tokens.
     "12 x 4096 x 768, no projection": FeatureShape(
