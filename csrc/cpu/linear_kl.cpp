@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 #include "gemm.h"
 #include "memory.h"
@@ -68,13 +69,12 @@ class LinearRun {
 
   void prepare_sums() {
     grad_head_ = sums_of(problem_.grad_head, own_grad_head_);
-    grad_bias_ = sums_of(problem_.grad_bias, own_grad_bias_);
+    if (problem_.grad_bias.data != nullptr) bias_sums_.assign(vocabulary_, 0.0);
     const int64_t width = problem_.student.head.columns;
     if (grad_head_ != nullptr) {
       advise_huge_pages(grad_head_, vocabulary_ * width * sizeof(float));
       if (count_ == 0) std::memset(grad_head_, 0, vocabulary_ * width * sizeof(float));
     }
-    if (grad_bias_ != nullptr) std::memset(grad_bias_, 0, vocabulary_ * sizeof(float));
   }
 
   void write_sums() {
@@ -86,8 +86,9 @@ class LinearRun {
         }
       });
     }
-    const Rows& bias = problem_.grad_bias;
-    if (grad_bias_ != nullptr && grad_bias_ != bias.data) write_row(kernels_, grad_bias_, bias, 0);
+    if (bias_sums_.empty()) return;
+    const std::vector<float> rounded(bias_sums_.begin(), bias_sums_.end());
+    write_row(kernels_, rounded.data(), problem_.grad_bias, 0);
   }
 
   void run_block(int64_t begin, int64_t end) {
@@ -135,10 +136,7 @@ class LinearRun {
           if (wants_hidden) multiply(sum, columns, slice, is_begun);
           is_begun = true;
           if (grad_head_ != nullptr) add_head_grad(columns, hidden, first, begin > 0);
-          for (int64_t token = 0; token < tokens && grad_bias_ != nullptr; ++token) {
-            kernels_.add_scaled(
-                columns.data + token * columns.row_stride, 1.0f, slice.rows, grad_bias_ + first);
-          }
+          if (!bias_sums_.empty()) add_bias_grad(columns, first);
         });
       }
     });
@@ -152,6 +150,15 @@ class LinearRun {
           row_major<float>(
               grad_head_ + (first + begin) * hidden.columns, end - begin, hidden.columns),
           columns_of(gradient, begin, end - begin).transposed(), hidden, is_added);
+    }
+  }
+
+  // In float64: a running sum over all tokens in float32 would lose bits.
+  void add_bias_grad(const Matrix& gradient, int64_t first) {
+    double* sums = bias_sums_.data() + first;
+    for (int64_t token = 0; token < gradient.rows; ++token) {
+      const float* row = gradient.data + token * gradient.row_stride;
+      for (int64_t j = 0; j < gradient.columns; ++j) sums[j] += row[j];
     }
   }
 
@@ -226,8 +233,9 @@ class LinearRun {
   const bool has_teacher_;
   int64_t block_ = 0;
   Scratch student_, teacher_, student_hidden_, teacher_hidden_, grad_hidden_;
-  Scratch own_grad_head_, own_grad_bias_;
-  float *grad_head_ = nullptr, *grad_bias_ = nullptr;
+  Scratch own_grad_head_;
+  float* grad_head_ = nullptr;
+  std::vector<double> bias_sums_;
 };
 
 }  // namespace

@@ -63,10 +63,10 @@ class TopRow {
   ScoreValues with_ghost(
       const ScoreRow& row, double label_logit, double gain, double label_gain, bool wants_grad) {
     float* x = row.grad;
-    double log_all = -INFINITY, stored_teacher = 0;
+    double log_all = -INFINITY, teacher_mass = 0;
     for (const TopEntry& entry : entries_) {
       log_all = log_sum(log_all, entry.logit);
-      stored_teacher += std::exp(entry.log_teacher);
+      teacher_mass += std::exp(entry.log_teacher);
       x[entry.index] = -INFINITY;
     }
     const ScoreSide plain;
@@ -74,27 +74,31 @@ class TopRow {
     const Powers others = has_others ? kernels_.powers_row(x, row.n, plain, nullptr) : Powers{};
     const double log_others = has_others ? others.most + std::log(others.sum) : -INFINITY;
     log_all = log_sum(log_all, log_others);
-    const double teacher_ghost = std::max(0.0, 1.0 - stored_teacher);
+    // Rounded probabilities may exceed 1 together: the teacher's outcomes are scaled to sum to it.
+    double teacher_ghost = has_others ? std::max(0.0, 1.0 - teacher_mass) : 0.0;
+    teacher_mass += teacher_ghost;
+    teacher_ghost /= teacher_mass;
+    const double log_mass = std::log(teacher_mass);
     const double student_ghost = std::exp(log_others - log_all);
     ScoreValues values;
     if (teacher_ghost > 0) {
       values.distance = teacher_ghost * (std::log(teacher_ghost) - (log_others - log_all));
     }
     for (const TopEntry& entry : entries_) {
-      values.distance += term(entry.log_teacher, entry.logit - log_all);
+      values.distance += term(entry.log_teacher - log_mass, entry.logit - log_all);
     }
     if (row.label >= 0) values.cross_entropy = log_all - label_logit;
     if (!wants_grad) return values;
-    const double mass = stored_teacher + teacher_ghost;  // 1, unless the stored exceed it
     if (row.label < 0) label_gain = 0;
     if (has_others) {
       const double by_power =
-          (gain * (mass * student_ghost - teacher_ghost) + label_gain * student_ghost) / others.sum;
+          (gain * (student_ghost - teacher_ghost) + label_gain * student_ghost) / others.sum;
       kernels_.scale(x, float(by_power), row.n, x);
     }
     for (const TopEntry& entry : entries_) {
-      const double s = std::exp(entry.logit - log_all), t = std::exp(entry.log_teacher);
-      x[entry.index] = float(gain * (mass * s - t) + label_gain * s);
+      const double s = std::exp(entry.logit - log_all);
+      const double t = std::exp(entry.log_teacher - log_mass);
+      x[entry.index] = float(gain * (s - t) + label_gain * s);
     }
     if (row.label >= 0) x[row.label] -= float(label_gain);
     return values;
