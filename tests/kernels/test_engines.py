@@ -100,7 +100,8 @@ def test_older_instruction_sets_pass_the_same_rule(isa):
     if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX2, and nothing to test there")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/kernels/test_feature_alignment.py", "tests/kernels/test_attention_kl.py"]
+    names = ("feature_alignment", "attention_kl", "attention_map_kl", "logit_kl", "topk_kl")
+    command += [f"tests/kernels/test_{name}.py" for name in names]
     command += ["-k", "value_and_gradients and (cpu-f32 or cpu-bf16)"]
     result = subprocess.run(
         [*command, "--timeout=280"],

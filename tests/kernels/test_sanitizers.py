@@ -37,6 +37,24 @@ for case in CASES:
             loss = inputs.call(engine="cpu", distance=distance).loss
             torch.autograd.grad(loss, list(inputs.leaves.values()))
             count += 1
+from tests.support import output_cases
+for cases, make in (
+    (output_cases.DENSE_CASES, output_cases.make_linear),
+    (output_cases.DENSE_CASES, output_cases.make_logits),
+    (output_cases.TOPK_CASES, output_cases.make_topk),
+):
+    for case in cases:
+        for dtypes in ("f32", "mixed"):
+            inputs = make(case, dtypes)
+            loss = inputs.call(engine="cpu").loss
+            torch.autograd.grad(loss, list(inputs.leaves.values()))
+            count += 1
+from tests.kernels.test_attention_map_kl import CASES, make, results
+for case in CASES:
+    for kind in ("probabilities", "scores"):
+        students, teachers, masks = make(case, kind)
+        results(students, teachers, masks, {"inputs": kind} | case.options, "cpu")
+        count += 1
 print(count, "calls were clean")
 """
 

@@ -1,0 +1,228 @@
+"""What the ops on outputs (`linear_kl`, `logit_kl`, `topk_kl`) do alike, but for arithmetic.
+
+Two values per token, the distance and the cross-entropy, in this order wherever there is a 2:
+
+    loss = coefficients[0] * sum_n w_n distance_n + coefficients[1] * sum_n w_n ce_n
+    coefficients = (kl_weight * temperature^2, ce_weight) / normalizer
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _engines, _extension, _output_checks, _pairs, _validate
+from ._backward import save_gradients, take_gradients
+
+
+@dataclass(frozen=True)
+class OutputKL:
+    """A pytree. Only `loss` carries a gradient."""
+
+    loss: Tensor  # []
+    kl: Tensor  # [], detached: weighted mean of the distance, without kl_weight and temperature^2
+    ce: Tensor  # [], detached: weighted mean of the cross-entropy; 0 without labels
+    per_token: Tensor  # [N], detached: each token's share of the loss, before its row weight
+    tokens: Tensor  # [], detached: the sum of row weights
+
+
+class Terms(NamedTuple):
+    """What is compared, and how it is weighted, once the logits are there."""
+
+    labels: Tensor | None  # [N] int64; anything where the row weight is 0
+    row_weights: Tensor | None  # [N] float32, >= 0, contiguous; 0 where labels are ignored
+    coefficients: Tensor  # [2] float32 (float64 for float64 inputs)
+    temperature: float
+    student_softcap: float | None
+    teacher_softcap: float | None = None
+    distance: str = "kl"  # one of DISTANCES
+    jsd_beta: float = 0.5
+
+    def weights(self, rows: slice) -> Tensor | None:
+        """Row weights of a block, in the dtype of the arithmetic."""
+        if self.row_weights is None:
+            return None
+        return self.row_weights[rows].to(self.coefficients.dtype)
+
+
+class Rows(NamedTuple):
+    """Labels and mask, lowered: arguments of the registered op, and what its logs are made with."""
+
+    labels: Tensor | None
+    row_weights: Tensor | None
+    coefficients: Tensor  # [2]: factors * inverse
+    factors: Tensor  # [2]: kl_weight * temperature^2, ce_weight
+    inverse: Tensor  # []: 1 / normalizer, 0 where nothing counts
+    tokens: Tensor  # []
+
+
+def lower_rows(
+    leading: torch.Size,
+    like: Tensor,
+    work: torch.dtype,
+    *,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    ignore_index: int,
+    kl_weight: float | Tensor,
+    ce_weight: float | Tensor,
+    temperature: float,
+    scale_by_temperature_squared: bool,
+    normalizer: float | Tensor | None,
+) -> Rows:
+    """Check and lower everything that weighs tokens.
+
+    Args:
+        leading: the student's shape without its last axis.
+        like: a tensor of the student.
+        work: dtype of the arithmetic.
+    """
+    device = like.device
+    _validate.check_number("temperature", temperature, minimum=0.0)
+    _validate.check_scalar("kl_weight", kl_weight, device)
+    _validate.check_scalar("ce_weight", ce_weight, device)
+    _pairs.check_normalizer(normalizer, device)
+    _output_checks.check_flag("scale_by_temperature_squared", scale_by_temperature_squared)
+    if labels is None and (isinstance(ce_weight, Tensor) or ce_weight != 0):
+        raise ValueError(
+            "labels must be given where ce_weight is not 0: got None; pass labels, or ce_weight=0."
+        )
+    weights = None
+    if mask is not None:
+        _pairs.check_mask("mask", mask)
+        _output_checks.check_tokens("mask", mask, leading, device)
+        weights = _pairs.row_weights_of(mask.reshape(-1))
+    if labels is not None:
+        _output_checks.check_labels(labels, leading, device, ignore_index)
+        labels = labels.reshape(-1).contiguous()
+        is_counted = labels != ignore_index
+        weights = is_counted.float() if weights is None else torch.where(is_counted, weights, 0)
+    if weights is None:
+        tokens = like.new_full((), leading.numel(), dtype=work)
+    else:
+        tokens = weights.sum(dtype=work)
+    square = temperature * temperature if scale_by_temperature_squared else 1.0
+    factors = torch.stack([_number(kl_weight, like, work) * square, _number(ce_weight, like, work)])
+    inverse = _pairs.inverse([tokens if normalizer is None else normalizer], like, work)[0]
+    return Rows(labels, weights, factors * inverse, factors, inverse, tokens)
+
+
+def _number(value: float | Tensor, like: Tensor, work: torch.dtype) -> Tensor:
+    """[], on the device of `like`, without a transfer that waits."""
+    return value.to(work) if isinstance(value, Tensor) else like.new_full((), value, dtype=work)
+
+
+def lower_softcap(name: str, softcap: float | None) -> float:
+    """Checked; 0 stands for none."""
+    if softcap is None:
+        return 0.0
+    _validate.check_number(name, softcap, minimum=0.0)
+    return float(softcap)
+
+
+def lower_block_bytes(block_bytes: int | None) -> int:
+    """Checked; 0 leaves the choice to the engine."""
+    if block_bytes is None:
+        return 0
+    if isinstance(block_bytes, bool) or not isinstance(block_bytes, (int, torch.SymInt)):
+        raise TypeError(
+            f"block_bytes must be None or an int: got {type(block_bytes).__name__}; pass bytes."
+        )
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes must be at least 1: got {block_bytes}; pass bytes, or None.")
+    return block_bytes
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What F.linear does to its arguments under autocast, and nothing elsewhere."""
+    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    half = torch.get_autocast_dtype(device_type)
+    return [
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(half)
+        for tensor in tensors
+    ]
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[N, D] with a contiguous last axis: a view where the strides allow one."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def lower_projection(
+    hidden: Tensor, head: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Strides that every engine serves."""
+    return flat(hidden), head.contiguous(), None if bias is None else bias.contiguous()
+
+
+def wanted(*tensors: Tensor | None) -> list[bool]:
+    """For every tensor: whether autograd will ask for its gradient."""
+    is_grad = torch.is_grad_enabled()
+    return [is_grad and tensor is not None and tensor.requires_grad for tensor in tensors]
+
+
+def cpu_refusal(coefficients: Tensor) -> str | None:
+    """Why the C++ engine cannot serve, None where it can."""
+    if coefficients.device.type != "cpu":
+        return f"it serves CPU tensors, these are on {coefficients.device.type}"
+    if coefficients.dtype == torch.float64:
+        return "float64 is served by the reference engine only"
+    return _extension.cpu_absent()
+
+
+def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `OutputKL`, from what a registered op returned."""
+    loss, sums, per_token, _ = outputs
+    kl, ce = (sums.detach() * rows.inverse.detach()).unbind()
+    factors = rows.factors.detach()
+    shares = torch.where(factors == 0, 0, per_token.detach() * factors).sum(1)
+    return loss, kl, ce, shares, rows.tokens
+
+
+def loss_of(coefficients: Tensor, sums: Tensor) -> Tensor:
+    """A term of weight 0 adds nothing, even where its sum is not finite."""
+    return torch.where(coefficients == 0, 0, coefficients * sums).sum()
+
+
+def engine_name(engine: str | None) -> str:
+    """What the registered ops take: the engine asked for, "" for a free choice."""
+    return _engines.requested(engine) or ""
+
+
+def compared(grad: Tensor | None, vocab: int, axis: int = 0) -> Tensor | None:
+    """What engines fill of a gradient: its first `vocab` entries; the others are 0."""
+    if grad is None:
+        return None
+    grad.narrow(axis, vocab, grad.shape[axis] - vocab).zero_()
+    return grad.narrow(axis, 0, vocab)
+
+
+def places(*tensors: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    """The tensors that are there, and the place of each among them (-1 for None)."""
+    present = _pairs.present(tensors)
+    before = iter(range(len(present)))
+    return present, [-1 if tensor is None else next(before) for tensor in tensors]
+
+
+def fake_values(coefficients: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, sums and the values of every token, as the registered ops return them."""
+    return tuple(coefficients.new_empty(shape) for shape in ((), (2,), (tokens, 2)))
+
+
+def save(ctx, output: tuple, tensors: tuple, wants: list[bool]) -> None:
+    """setup_context of the registered ops; `tensors` are those that may want a gradient."""
+    loss, sums, per_token, grads = output
+    save_gradients(ctx, (loss, sums, grads), (tensors,), (wants,))
+    ctx.mark_non_differentiable(sums, per_token, *grads)
+
+
+def take(
+    ctx, grad_loss: Tensor | None, *, is_learned: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """The scaled gradients of these tensors, and that of the coefficients."""
+    (grads,), sums = take_gradients(ctx, grad_loss)
+    return grads, grad_loss * sums if is_learned and sums is not None else None
