@@ -2,20 +2,36 @@
 
 from typing import TYPE_CHECKING
 
-from .capture import capture_hidden_states
+from .capture import AttentionInputs, capture_attention, capture_hidden_states
 from .config import DistillConfig, TrainConfig
-from .losses import FeatureAlignmentLoss
+from .losses import (
+    AttentionKLLoss,
+    AttentionMapKLLoss,
+    FeatureAlignmentLoss,
+    LinearKLLoss,
+    LogitKLLoss,
+    RelationKLLoss,
+    TopKKLLoss,
+)
 from .mapping import layer_pairs
 
 if TYPE_CHECKING:
     from .distiller import Distiller, DistillerOutput
 
 __all__ = [
+    "AttentionInputs",
+    "AttentionKLLoss",
+    "AttentionMapKLLoss",
     "DistillConfig",
     "Distiller",
     "DistillerOutput",
     "FeatureAlignmentLoss",
+    "LinearKLLoss",
+    "LogitKLLoss",
+    "RelationKLLoss",
+    "TopKKLLoss",
     "TrainConfig",
+    "capture_attention",
     "capture_hidden_states",
     "layer_pairs",
 ]

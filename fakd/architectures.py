@@ -75,6 +75,9 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     Raises:
         ValueError: no such path, or the search finds no list or several.
     """
+    # Hides the attributes of the model.
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     if path is not None:
         return _at(model, path)
     config = _text_config(model)

@@ -45,6 +45,33 @@ def layer_pairs(
     return pairs
 
 
+def attention_pairs(
+    mapping: str | Sequence[tuple[int, int]] | None,
+    pairs: LayerPairs,
+    student_layers: int,
+    teacher_layers: int,
+) -> LayerPairs:
+    """The map of attention, where layer k is the attention of block k.
+
+    The embeddings, layer 0, have none: presets and the map of the hidden states leave them out,
+    explicit pairs must not name them.
+
+    Args:
+        mapping: as in `layer_pairs`; None takes `pairs`.
+        pairs: the map of the hidden states.
+        student_layers: blocks of the student, > 0. teacher_layers: of the teacher.
+    """
+    found = pairs if mapping is None else layer_pairs(mapping, student_layers, teacher_layers)
+    kept = [pair for pair in found if 0 not in pair]
+    is_explicit = mapping is not None and not isinstance(mapping, str)
+    if not kept or (is_explicit and len(kept) < len(found)):
+        raise ValueError(
+            f"the map of attention must name layers from 1: got {found}; the embeddings, layer 0, "
+            "have no attention: pass pairs such as [(1, 2)] as attention_mapping."
+        )
+    return kept
+
+
 def uniform(student_layers: int, teacher_layers: int) -> LayerPairs:
     """Spread the student's blocks evenly over the teacher's; the last learns from the last."""
     return [

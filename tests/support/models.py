@@ -82,11 +82,22 @@ def tiny_model(
     return model.eval()
 
 
-def tiny_batch(rows: int = 3, tokens: int = 7, *, labels: int | None = None, seed: int = 0) -> dict:
-    """Token ids with padding at the end of the later rows."""
+def tiny_batch(
+    rows: int = 3,
+    tokens: int = 7,
+    *,
+    labels: int | None = None,
+    seed: int = 0,
+    padding: str = "right",
+) -> dict:
+    """Token ids with padding in the later rows: on the right, on the left, or none."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.arange(tokens, tokens - rows, -1).clamp_min(2)
     attention_mask = (torch.arange(tokens)[None] < lengths[:, None]).long()
+    if padding == "left":
+        attention_mask = attention_mask.flip(1)
+    elif padding == "none":
+        attention_mask = torch.ones_like(attention_mask)
     input_ids = torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)
     batch: dict[str, Tensor] = {
         "input_ids": input_ids * attention_mask,

@@ -1,4 +1,4 @@
-"""Losses as modules: they own hyper-parameters and projections, and call one kernel each."""
+"""The loss of hidden states."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,6 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from fakd_kernels import FeatureAlignment, feature_alignment
+
+from .shared import (
+    check_choice,
+    check_lengths,
+    check_weight,
+    checked_pair_weights,
+    mean_over_pairs,
+)
 
 PROJECTIONS = ("auto", "per_pair", "shared", "none")
 INITS = ("orthogonal", "xavier", "identity", "zeros")
@@ -67,26 +75,22 @@ class FeatureAlignmentLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.student_dims, self.teacher_dims = _widths(student_dims, teacher_dims, pairs)
-        _check_choice("projection", projection, PROJECTIONS)
-        _check_choice("init", init, INITS)
-        _check_choice("euclidean", euclidean, EUCLIDEAN)
-        _check_weight("cosine_weight", cosine_weight)
-        _check_weight("euclidean_weight", euclidean_weight)
+        check_choice("projection", projection, PROJECTIONS)
+        check_choice("init", init, INITS)
+        check_choice("euclidean", euclidean, EUCLIDEAN)
+        check_weight("cosine_weight", cosine_weight)
+        check_weight("euclidean_weight", euclidean_weight)
         if cosine_weight == 0 and euclidean_weight == 0:
             raise ValueError(
                 "cosine_weight and euclidean_weight must not both be 0: got a loss that is always "
                 "0; raise one of them."
             )
-        if pair_weights is not None:
-            _check_lengths("pair_weights", len(pair_weights), self.pairs)
-            for index, weight in enumerate(pair_weights):
-                _check_weight(f"pair_weights[{index}]", weight)
         self.projection = projection
         self.init = init
         self.cosine_weight = float(cosine_weight)
         self.euclidean_weight = float(euclidean_weight)
         self.euclidean = euclidean
-        self.pair_weights = None if pair_weights is None else [float(w) for w in pair_weights]
+        self.pair_weights = checked_pair_weights(pair_weights, self.pairs)
         self.eps = eps
         self.engine = engine
         self.projections = nn.ModuleList(self._make_projections(bias))
@@ -172,10 +176,7 @@ class FeatureAlignmentLoss(nn.Module):
             ("cosine", result.cosine, cosine_weight),
             ("euclidean", result.euclidean, euclidean_weight),
         ):
-            pair_weights = values.new_full((self.pairs,), 1 / self.pairs)
-            if self.pair_weights is not None:
-                pair_weights = values.new_tensor(self.pair_weights)
-            mean = (pair_weights * values).sum()
+            mean = mean_over_pairs(values, self.pair_weights)
             logs |= {name: mean, f"weighted_{name}": (weight * mean).detach()}
             if isinstance(weight, Tensor):
                 logs[f"{name}_weight"] = weight.detach()
@@ -238,7 +239,7 @@ class FeatureAlignmentLoss(nn.Module):
             raise TypeError(
                 f"{name} must be a list of tensors, one per pair: got one tensor; wrap it."
             )
-        _check_lengths(name, len(hiddens), self.pairs)
+        check_lengths(name, len(hiddens), self.pairs)
         for index, (hidden, width) in enumerate(zip(hiddens, dims, strict=True)):
             if hidden.shape[-1] != width:
                 raise ValueError(
@@ -272,23 +273,3 @@ def _widths(student, teacher, pairs: int | None) -> tuple[list[int], list[int]]:
                 )
         sides.append(widths)
     return sides[0], sides[1]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}: got {value!r}; choose one."
-        )
-
-
-def _check_weight(name: str, value: float) -> None:
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0: got {value}; pass one.")
-
-
-def _check_lengths(name: str, received: int, expected: int) -> None:
-    if received != expected:
-        raise ValueError(
-            f"{name} must have one entry per layer pair: got {received} for {expected} pairs; "
-            "make it as long as the map."
-        )

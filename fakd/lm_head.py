@@ -1,0 +1,84 @@
+"""The head of a causal language model: hidden states that enter it, and what it does to them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# What configs call the factor of the logits; "logits_scaling" (Granite) divides.
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_DIVISORS = ("logits_scaling",)
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = softcap(factor * (h W^T) + bias), softcap(x) = cap tanh(x / cap) where it is one."""
+
+    weight: Tensor  # [V, D], the embedding's own where they are tied
+    bias: Tensor | None  # [V]
+    factor: float
+    softcap: float | None
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Hidden states with the factor, so that a plain product with `weight` follows."""
+        return hidden if self.factor == 1 else hidden * self.factor
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits themselves: for checks, not for training."""
+        logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the model predicts the next token of a vocabulary."""
+    return (
+        hasattr(model, "get_output_embeddings")
+        and model.get_output_embeddings() is not None
+        and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    )
+
+
+def find_lm_head(model: nn.Module) -> LMHead:
+    """The head of a Hugging Face causal LM: tied or not, biased, scaled or capped.
+
+    Raises:
+        ValueError: a model without a linear head.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__} must have a linear LM head: got {type(head).__name__}; pass a "
+            "model for causal language modelling."
+        )
+    config = model.config.get_text_config()
+    factor = 1.0
+    for name in _FACTORS:
+        factor *= getattr(config, name, None) or 1.0
+    for name in _DIVISORS:
+        factor /= getattr(config, name, None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return LMHead(
+        head.weight, head.bias, float(factor), None if softcap is None else float(softcap)
+    )
+
+
+@torch.no_grad()
+def check_lm_head(model: nn.Module) -> None:
+    """Compare the head as it was found with the model's own logits, on two tokens.
+
+    Raises:
+        ValueError: the model does something to its logits that is not known here.
+    """
+    was_training = model.training
+    model.eval()
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([[0, 1]], device=device)
+    hidden = model.base_model(input_ids=ids)[0]
+    own = model(input_ids=ids).logits
+    model.train(was_training)
+    found = find_lm_head(model).logits(hidden)
+    if own.shape != found.shape or not torch.allclose(found, own, rtol=1e-2, atol=1e-2):
+        raise ValueError(
+            f"{type(model).__name__} must compute its logits as a linear head does (scaled or "
+            "softcapped): its own differ from those; compute logits yourself and use LogitKLLoss."
+        )
