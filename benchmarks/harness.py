@@ -162,7 +162,11 @@ def device_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def save(rows: list[Row], path: Path) -> None:
+def save(rows: list[Row], path: Path, curves: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"environment": environment(), "rows": [asdict(row) for row in rows]}
+    record = {
+        "environment": environment(),
+        "rows": [asdict(row) for row in rows],
+        "curves": curves,
+    }
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -20,7 +20,7 @@ HEADINGS = {"eager": "eager", "compiled": "torch.compile", "liger": "Liger", "li
 
 
 def markdown(path: Path) -> str:
-    """A table per op, a line per measured row: times, ratios of medians of that run, peak memory."""
+    """A table per op, a line per row: times, ratios of medians of that run, peak memory."""
     record = json.loads(path.read_text())
     where = record["environment"]
     lines = [
@@ -32,7 +32,22 @@ def markdown(path: Path) -> str:
     for op in dict.fromkeys(row["op"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["op"] == op]
         lines += ["", *_table(op, rows)]
+    for curve in record.get("curves", []):
+        lines += ["", *_curve(curve)]
     return "\n".join(lines) + "\n"
+
+
+def _curve(curve: dict) -> list[str]:
+    """Peak memory by length; a dash where a contender was not run."""
+    lengths = [f"T = {tokens}" for tokens in curve["tokens"]]
+    lines = [
+        f"| `{curve['op']}`, {curve['shape']}: extra peak MB | {' | '.join(lengths)} |",
+        "|---" * (1 + len(lengths)) + "|",
+    ]
+    for name, values in curve["extra_peak_mb"].items():
+        cells = ["-" if value is None else f"{value:.0f}" for value in values]
+        lines.append(f"| {'eager' if name == 'eager' else 'fakd'} | {' | '.join(cells)} |")
+    return lines
 
 
 def _table(op: str, rows: list[dict]) -> list[str]:

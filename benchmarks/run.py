@@ -32,15 +32,19 @@ def main() -> None:
             parser.error(f"op must be one of {', '.join(OPS)}: got {op!r}; choose one.")
     console = Console()
     rows: list[Row] = []
+    curves: list[dict] = []
     for op in options.ops or OPS:
         bench = importlib.import_module(f"benchmarks.{OPS[op]}")
         for dtype in [options.dtype] if options.dtype else bench.DTYPES:
             for shape in bench.SHAPES:
                 console.print(f"{op}: {shape}, {dtype} ...")
                 rows.append(bench.run(shape, dtype, 2.0 if options.quick else 8.0))
+        if hasattr(bench, "memory_curve") and not options.quick:
+            console.print(f"{op}: memory by length ...")
+            curves.append(bench.memory_curve())
     console.print(table(rows))
     path = options.json or harness.RESULTS / f"{slug(harness.device_name())}-{_date()}.json"
-    harness.save(rows, path)
+    harness.save(rows, path, curves)
     console.print(f"written to {path}")
 
 

