@@ -1,8 +1,9 @@
-"""The main job on real text: does feature alignment make a small student better, at what cost?
+"""The main job on real text: does alignment make a small student better, at what cost?
 
 A teacher is fine-tuned on a few labelled texts. The same small and narrow student then learns
-twice from the same start, on the same batches in the same order: from the labels alone, and from
-the labels plus the teacher's hidden states on all texts, labelled or not.
+three times from the same start, on the same batches in the same order: from the labels alone; from
+the labels plus the teacher's hidden states on all texts, labelled or not; and from its attention
+too.
 """
 
 import copy
@@ -24,7 +25,8 @@ import fakd_kernels
 
 from . import data, measure, report
 from .architectures import hidden_width, layer_count
-from .config import DemoConfig, TrainConfig
+from .capture import capture_attention
+from .config import DemoConfig, DistillConfig, TrainConfig
 from .distiller import Distiller
 from .models import TextClassifier, load_classifier, narrow_copy
 from .train import predict, train
@@ -50,7 +52,11 @@ def run_demo(config: DemoConfig, console: Console) -> report.Results:
     _quieten_libraries()
     task = _Task.prepare(config)
     teacher, starts = _make_models(config, task)
-    setting = _describe(config, task)
+    arms = _arms(config.distill)
+    if reason := _why_no_attention(task, teacher):
+        del arms[report.WITH_ATTENTION]
+        console.print(f"Attention is left out. {reason}", soft_wrap=True, highlight=False)
+    setting = _describe(config, task, has_attention=report.WITH_ATTENTION in arms)
     console.print(setting, soft_wrap=True)
 
     def fit(distiller: Distiller, plan: list, learning_rate: float, seed: int, name: str):
@@ -60,7 +66,7 @@ def run_demo(config: DemoConfig, console: Console) -> report.Results:
             TrainConfig(learning_rate=learning_rate, seed=seed),
             log_path=config.output / f"{re.sub('[^a-z]+', '-', name)}-{seed}.jsonl",
             console=console,
-            title=name if name == "teacher" else f"student {seed}, {name}",
+            title=name if name == "teacher" else f"{name} ({seed})",
         )
         predicted = predict(distiller.student, task.held_out())
         parameters = sum(parameter.numel() for parameter in distiller.student.parameters())
@@ -73,20 +79,19 @@ def run_demo(config: DemoConfig, console: Console) -> report.Results:
     trained_teacher = fit(
         Distiller(None, teacher), plan, config.teacher_learning_rate, 0, "teacher"
     )
-    students = []
+    students, distillers = [], {}
     for seed, start in enumerate(starts):
         plan = task.plan(config, config.student_steps, seed)
-        for name, settings in (
-            (report.LABELS_ONLY, dataclasses.replace(config.distill, beta=0.0, delta=0.0)),
-            (report.WITH_FEATURES, config.distill),
-        ):
+        for name, settings in arms.items():
             distiller = Distiller.from_config(teacher, copy.deepcopy(start), settings)
             students.append(fit(distiller, plan, config.student_learning_rate, seed, name))
+            distillers[name] = distiller
 
-    console.print("measuring the cost of the fused loss and of the eager one")
+    console.print("measuring the cost of the fused loss of features and of the eager one")
+    distiller = distillers[report.WITH_FEATURES]
     costs, shape = _measure(config, task, distiller)
     results = report.Results(
-        title=f"Feature alignment on {task.name}",
+        title=f"Alignment on {task.name}",
         setting=setting,
         truth=task.truth,
         teacher=trained_teacher,
@@ -148,6 +153,26 @@ class _Task:
 
     def held_out(self) -> DataLoader:
         return DataLoader(self.test, 64, collate_fn=DataCollatorWithPadding(self.tokenizer))
+
+
+def _arms(distill: DistillConfig) -> dict[str, DistillConfig]:
+    """The ways of training that are compared; each adds to the one before."""
+    return {
+        report.LABELS_ONLY: dataclasses.replace(distill, beta=0.0, gamma=0.0, delta=0.0),
+        report.WITH_FEATURES: dataclasses.replace(distill, gamma=0.0),
+        report.WITH_ATTENTION: distill,
+    }
+
+
+def _why_no_attention(task: _Task, teacher: TextClassifier) -> str | None:
+    """What keeps the teacher's attention from being captured, before any training."""
+    batch = task.training([[0, 1]])
+    try:
+        with torch.no_grad(), capture_attention(teacher, [1]):
+            teacher(**next(iter(batch)))
+    except RuntimeError as error:
+        return str(error)
+    return None
 
 
 def _teacher_folder(config: DemoConfig) -> str:
@@ -212,16 +237,17 @@ def _step_call(distiller: Distiller, batch: dict):
     return step
 
 
-def _describe(config: DemoConfig, task: _Task) -> str:
+def _describe(config: DemoConfig, task: _Task, *, has_attention: bool) -> str:
+    what = "the teacher's hidden states" + (", then its attention too," if has_attention else "")
     return (
         f"{task.name}: the teacher is fine-tuned on {len(task.labelled)} labelled texts "
         f"(up to {config.labels_per_class} of each of {len(task.labels)} classes); a student of "
         f"{config.student_layers} blocks, {config.student_width} wide, trained from random blocks "
-        f"and the teacher's embeddings cut to that width, sees the same labels and, in the second "
-        f"training, also the teacher's hidden states on all {len(task.train)} training texts "
-        f"(first {config.max_tokens} tokens); both students take the same "
-        f"{config.student_steps} batches of {config.labelled_rows} labelled and "
-        f"{config.other_rows} other texts, and all are scored on {len(task.test)} held-out texts."
+        f"and the teacher's embeddings cut to that width, sees the same labels and, from its "
+        f"second training on, also {what} on all {len(task.train)} training texts (first "
+        f"{config.max_tokens} tokens); all trainings take the same {config.student_steps} batches "
+        f"of {config.labelled_rows} labelled and {config.other_rows} other texts, and all models "
+        f"are scored on {len(task.test)} held-out texts."
     )
 
 
@@ -231,8 +257,8 @@ def _describe_cost(config: DemoConfig, shape: measure.Shape) -> str:
         f"{shape.student_width} to {shape.teacher_width} wide, float32, "
         f"{torch.get_num_threads()} threads; medians over {config.timed_steps} steps and "
         f"{5 * config.timed_steps} calls of the loss, both losses in turn. A step is teacher, "
-        "student, loss, backward and AdamW. Peak memory is what forward and backward of the loss "
-        "add to the resident memory of a process of their own, gradients included."
+        "student, loss of features, backward and AdamW. Peak memory is what forward and backward "
+        "of the loss add to the resident memory of a process of their own, gradients included."
     )
 
 

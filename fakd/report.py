@@ -17,10 +17,18 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from .measure import Cost
 
+# The ways of training, each of which adds to the one before.
 LABELS_ONLY = "labels only"
 WITH_FEATURES = "labels + features"
+WITH_ATTENTION = "labels + features + attention"
 
-_COLORS = {LABELS_ONLY: "#8a8f98", WITH_FEATURES: "#1f6feb"}
+_COLORS = {LABELS_ONLY: "#8a8f98", WITH_FEATURES: "#1f6feb", WITH_ATTENTION: "#bf5700"}
+# Title -> the terms of the log that it shows, and their lines.
+_PANELS = (
+    ("cross-entropy on the labelled rows", {"task": "-"}),
+    ("distance of the hidden states", {"cosine": "-", "euclidean": "--"}),
+    ("KL of the attention", {"attention": "-"}),
+)
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
 table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #57606a }
@@ -66,6 +74,11 @@ class Results:
     cost_setting: str  # in one sentence, what was measured
     environment: str
 
+    @property
+    def arms(self) -> list[str]:
+        """The ways of training there are."""
+        return list(dict.fromkeys(student.name for student in self.students))
+
     def arm(self, name: str) -> list[Trained]:
         """The students of one way of training, in the order of their seeds."""
         return [student for student in self.students if student.name == name]
@@ -79,27 +92,41 @@ def score(truth: Sequence[int], predicted: Sequence[int]) -> Scores:
 
 
 def verdict(results: Results) -> str:
-    """Say whether feature alignment helped, from the numbers.
+    """Say from the numbers, a line for each comparison, whether alignment helped.
 
-    Noise is twice the standard error of a gain over the held-out rows. The gain counts as real if
+    Every way of training is compared with the labels alone, and attention also with what it adds
+    to. Noise is twice the standard error of a gain over the held-out rows. A gain counts as real if
     every seed gains by more than its noise, so neither a lucky start nor a lucky row decides.
     """
-    plain, aligned = results.arm(LABELS_ONLY), results.arm(WITH_FEATURES)
+    comparisons = [
+        ("Feature alignment", LABELS_ONLY, WITH_FEATURES),
+        ("Feature and attention alignment", LABELS_ONLY, WITH_ATTENTION),
+        ("Attention added to features", WITH_FEATURES, WITH_ATTENTION),
+    ]
+    return "\n".join(
+        f"{subject} {_judge(results.truth, results.arm(base), results.arm(arm))}"
+        for subject, base, arm in comparisons
+        if results.arm(arm)
+    )
+
+
+def _judge(truth: Sequence[int], plain: list[Trained], aligned: list[Trained]) -> str:
+    """What the second arm does to the first, with the numbers."""
     gains, noises = zip(
-        *(_gain(results.truth, p, f) for p, f in zip(plain, aligned, strict=True)), strict=True
+        *(_gain(truth, p, f) for p, f in zip(plain, aligned, strict=True)), strict=True
     )
     f1_gain = 100 * (
         statistics.mean(run.scores.macro_f1 for run in aligned)
         - statistics.mean(run.scores.macro_f1 for run in plain)
     )
     if all(gain > noise for gain, noise in zip(gains, noises, strict=True)):
-        judged = "Feature alignment helped: every seed gains by more than noise"
+        judged = "helped: every seed gains by more than noise"
     elif all(-gain > noise for gain, noise in zip(gains, noises, strict=True)):
-        judged = "Feature alignment hurt: every seed loses by more than noise"
+        judged = "hurt: every seed loses by more than noise"
     elif min(gains) > 0:
-        judged = "Feature alignment may have helped: every seed gains, not every one beyond noise"
+        judged = "may have helped: every seed gains, not every one beyond noise"
     else:
-        judged = "No clear difference: the change is within noise"
+        judged = "made no clear difference: the change is within noise"
     if len(gains) == 1:
         judged += " (one seed only: not a safe conclusion)"
     seeds = ", ".join(f"{g:+.1f} ± {n:.1f}" for g, n in zip(gains, noises, strict=True))
@@ -121,9 +148,9 @@ def _gain(truth: Sequence[int], plain: Trained, aligned: Trained) -> tuple[float
 
 def score_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of the table of scores."""
-    columns = ["model", "accuracy %", "macro-F1 %", "parameters"]
+    columns = ["model", "accuracy %", "macro-F1 %", "weights"]
     rows = [["teacher", *_row([results.teacher])]]
-    for name in (LABELS_ONLY, WITH_FEATURES):
+    for name in results.arms:
         arm = results.arm(name)
         rows.append([f"student, {name}", *_row(arm)])
         if len(arm) > 1:
@@ -157,11 +184,11 @@ def to_html(results: Results) -> str:
     parts = [
         f"<h1>{html.escape(results.title)}</h1>",
         f"<p>{html.escape(results.setting)}</p>",
-        f"<p class='verdict'>{html.escape(verdict(results))}</p>",
+        *(f"<p class='verdict'>{html.escape(line)}</p>" for line in verdict(results).split("\n")),
         _html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(results)),
         "<h2>Cost</h2>",
         f"<p>{html.escape(results.cost_setting)}</p>",
-        _html_table("Fused loss beside the same loss in plain PyTorch.", *cost_rows(results)),
+        _html_table("Loss of features, fused and in plain PyTorch.", *cost_rows(results)),
         "<h2>Loss curves</h2>",
         draw_curves(results),
         "<h2>Layer map</h2>",
@@ -177,25 +204,31 @@ def to_html(results: Results) -> str:
 
 
 def draw_curves(results: Results) -> str:
-    """SVG: the loss with labels of both students, and the two terms of the features."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for run in results.students:
-        label = run.name if run.seed == results.students[0].seed else None
-        steps = [line["step"] for line in run.log]
-        left.plot(steps, [line["task"] for line in run.log], color=_COLORS[run.name], label=label)
-    for name, style in (("cosine", "-"), ("euclidean", "--")):
-        for index, run in enumerate(results.arm(WITH_FEATURES)):
-            steps = [line["step"] for line in run.log]
-            values = [line[name] for line in run.log]
-            color = _COLORS[WITH_FEATURES]
-            label = None if index else name
-            right.plot(steps, values, style, color=color, label=label)
-    left.set(title="cross-entropy on the labelled rows", yscale="log")
-    right.set(title="distance of the hidden states, mean over pairs", ylim=(0, None))
-    for axis in (left, right):
-        axis.set(xlabel="step")
-        axis.legend(frameon=False)
+    """SVG: the loss with labels, and the terms of alignment where they are learned."""
+    panels = _PANELS if WITH_ATTENTION in results.arms else _PANELS[:-1]
+    size = (5 * len(panels), 3.6)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
+    for axis, (title, terms) in zip(axes, panels, strict=True):
+        drawn = [
+            (run, term, style)
+            for run in results.students
+            for term, style in terms.items()
+            if term in run.log[0]
+        ]
+        for run, term, style in drawn:
+            label = run.name if len(terms) == 1 else f"{term}, {run.name}"
+            axis.plot(
+                [line["step"] for line in run.log],
+                [line[term] for line in run.log],
+                style,
+                color=_COLORS[run.name],
+                # One entry of the legend serves all seeds.
+                label=label if run.seed == results.students[0].seed else None,
+            )
+        axis.set(title=title, xlabel="step")
+        axis.legend(frameon=False, fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set(**({"yscale": "log"} if "task" in terms else {"ylim": (0, None)}))
     return _svg(figure)
 
 

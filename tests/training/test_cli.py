@@ -42,10 +42,9 @@ def test_demo_end_to_end(teacher, csv_file, tmp_path):
     assert str(output / "report.html") in result.output.replace("\n", "")
     record = json.loads((output / "results.json").read_text())
     assert [(run["name"], run["seed"]) for run in record["students"]] == [
-        ("labels only", 0),
-        ("labels + features", 0),
-        ("labels only", 1),
-        ("labels + features", 1),
+        (name, seed)
+        for seed in (0, 1)
+        for name in ("labels only", "labels + features", "labels + features + attention")
     ]
     assert record["pairs"] == [[1, 2], [2, 3], [3, 4]]
     assert record["verdict"] in result.output
@@ -55,12 +54,28 @@ def test_demo_end_to_end(teacher, csv_file, tmp_path):
     assert logs == [
         "labels-features-0.jsonl",
         "labels-features-1.jsonl",
+        "labels-features-attention-0.jsonl",
+        "labels-features-attention-1.jsonl",
         "labels-only-0.jsonl",
         "labels-only-1.jsonl",
         "teacher-0.jsonl",
     ]
-    line = json.loads((output / "labels-features-0.jsonl").read_text().splitlines()[-1])
-    assert {"task", "weighted_task", "cosine", "weighted_cosine", "euclidean"} <= set(line)
+    line = json.loads((output / "labels-features-attention-0.jsonl").read_text().splitlines()[-1])
+    terms = ("task", "cosine", "euclidean", "attention")
+    assert {*terms, *(f"weighted_{term}" for term in terms)} <= set(line)
+
+
+def test_demo_leaves_attention_out_where_the_teacher_hides_it(csv_file, tmp_path):
+    folder, output = tmp_path / "teacher", tmp_path / "out"
+    sizes = {"layers": 4, "width": 384, "num_attention_heads": 12, "max_position_embeddings": 64}
+    tiny_model("mpnet", **sizes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    options = ["--quick", "--seeds", "1", "--data", csv_file, "--teacher", folder]
+    result = invoke("demo", *options, "--output", output)
+    assert result.exit_code == 0, result.output
+    assert "Attention is left out. MPNetLayer must compute attention through" in result.output
+    record = json.loads((output / "results.json").read_text())
+    assert [run["name"] for run in record["students"]] == ["labels only", "labels + features"]
 
 
 @pytest.mark.parametrize(

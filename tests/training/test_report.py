@@ -20,20 +20,29 @@ def predictions(wrong: int, offset: int = 0) -> list[int]:
     return [(t + 1) % 4 if row in bad else t for row, t in enumerate(TRUTH)]
 
 
+# What the log of each way of training holds.
+TERMS = {
+    "teacher": ("task",),
+    report.LABELS_ONLY: ("task",),
+    report.WITH_FEATURES: ("task", "cosine", "euclidean"),
+    report.WITH_ATTENTION: ("task", "cosine", "euclidean", "attention"),
+}
+
+
 def trained(name: str, seed: int, wrong: int) -> report.Trained:
     predicted = predictions(wrong, offset=seed)
-    log = [
-        {"step": step, "task": 2.0 / step, "cosine": 1.0 / step, "euclidean": 0.5 / step}
-        for step in (5, 10, 15)
-    ]
+    log = [{"step": step} | dict.fromkeys(TERMS[name], 2.0 / step) for step in (5, 10, 15)]
     return report.Trained(name, seed, 7_300_000, predicted, report.score(TRUTH, predicted), log)
 
 
-def results(labels_only=(100, 104), with_features=(40, 52)) -> report.Results:
+def results(labels_only=(100, 104), with_features=(40, 52), with_attention=()) -> report.Results:
+    arms = {
+        report.LABELS_ONLY: labels_only,
+        report.WITH_FEATURES: with_features,
+        report.WITH_ATTENTION: with_attention,
+    }
     students = [
-        trained(name, seed, wrong)
-        for name, arm in ((report.LABELS_ONLY, labels_only), (report.WITH_FEATURES, with_features))
-        for seed, wrong in enumerate(arm)
+        trained(name, seed, wrong) for name, arm in arms.items() for seed, wrong in enumerate(arm)
     ]
     return report.Results(
         title="Alignment on <tiny>",
@@ -64,13 +73,35 @@ def test_scores():
         ((100, 104), (40, 52), r"^Feature alignment helped: every seed .* Accuracy \+14\.0"),
         ((40, 52), (100, 104), r"^Feature alignment hurt: every seed .* Accuracy -14\.0"),
         ((100, 100), (99, 40), r"^Feature alignment may have helped: .* Accuracy \+7\.6"),
-        ((100, 40), (40, 50), r"^No clear difference: .* Accuracy \+6\.2"),
-        ((100, 100), (100, 100), r"^No clear difference: .* Accuracy \+0\.0 points"),
+        ((100, 40), (40, 50), r"^Feature alignment made no clear difference: .* Accuracy \+6\.2"),
+        (
+            (100, 100),
+            (100, 100),
+            r"^Feature alignment made no clear difference: .* Accuracy \+0\.0 points",
+        ),
         ((100,), (40,), r"more than noise \(one seed only: not a safe conclusion\)"),
     ],
 )
 def test_verdict_follows_from_the_numbers(labels_only, with_features, match):
     assert re.search(match, report.verdict(results(labels_only, with_features)))
+
+
+@pytest.mark.parametrize(
+    ("with_attention", "added"),
+    [
+        ((10, 12), "Attention added to features helped: every seed gains by more than noise"),
+        ((80, 90), "Attention added to features hurt: every seed loses by more than noise"),
+        ((38, 51), "Attention added to features may have helped: every seed gains, not every one"),
+        ((44, 50), "Attention added to features made no clear difference: the change is within"),
+    ],
+)
+def test_verdict_on_attention_compares_with_labels_and_with_features(with_attention, added):
+    lines = report.verdict(results(with_attention=with_attention)).split("\n")
+    assert lines[0] == report.verdict(results())
+    assert lines[1].startswith("Feature and attention alignment helped: every seed gains")
+    assert lines[2].startswith(added)
+    gain = (sum((40, 52)) - sum(with_attention)) / 2 / 4
+    assert f"Accuracy {gain:+.1f} points" in lines[2]
 
 
 def test_verdict_gives_the_noise_of_every_seed():
@@ -82,7 +113,7 @@ def test_verdict_gives_the_noise_of_every_seed():
 
 def test_tables():
     columns, rows = report.score_rows(results())
-    assert columns == ["model", "accuracy %", "macro-F1 %", "parameters"]
+    assert columns == ["model", "accuracy %", "macro-F1 %", "weights"]
     assert [row[0] for row in rows] == [
         "teacher",
         "student, labels only",
@@ -103,14 +134,19 @@ def test_tables():
 
 def test_tables_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(report.to_table("Held-out rows", *report.score_rows(results())))
-    assert "student, labels + features" in console.export_text()
+    three = results(with_attention=(40, 50))
+    console.print(report.to_table("Held-out rows", *report.score_rows(three)))
+    text = console.export_text()
+    for name in three.arms:
+        assert f"student, {name} " in text
 
 
 def test_html_is_complete_and_escaped():
-    page = report.to_html(results())
+    three = results(with_attention=(40, 50))
+    page = report.to_html(three)
     assert "<h1>Alignment on &lt;tiny&gt;</h1>" in page
-    assert report.verdict(results()) in page
+    for line in report.verdict(three).split("\n"):
+        assert f"<p class='verdict'>{line}</p>" in page
     assert page.count("<svg") == 2
     assert page.count("<table>") == 2
     # Self-contained: nothing is loaded from elsewhere.
@@ -118,10 +154,12 @@ def test_html_is_complete_and_escaped():
 
 
 def test_drawings_are_well_formed():
-    curves = report.draw_curves(results())
+    curves = report.draw_curves(results(with_attention=(40, 50)))
     layer_map = report.draw_layer_map(replace(results(), pairs=[(0, 0), (3, 6)]))
     for svg in (curves, layer_map):
         assert ElementTree.fromstring(svg).tag.endswith("svg")
     assert "labels + features" in curves
+    assert "KL of the attention" in curves
+    assert "KL of the attention" not in report.draw_curves(results())
     for text in ("embeddings", "layer 6", "student, 192 wide", "teacher, 384 wide"):
         assert text in layer_map
