@@ -21,6 +21,7 @@ from .shapes import FEATURE_SHAPES, FeatureShape
 
 SHAPES = FEATURE_SHAPES
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TIMED = tuple(DTYPES)
 
 
 def contenders() -> tuple[str, ...]:

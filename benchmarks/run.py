@@ -35,7 +35,7 @@ def main() -> None:
     curves: list[dict] = []
     for op in options.ops or OPS:
         bench = importlib.import_module(f"benchmarks.{OPS[op]}")
-        for dtype in [options.dtype] if options.dtype else bench.DTYPES:
+        for dtype in [options.dtype] if options.dtype else bench.TIMED:
             for shape in bench.SHAPES:
                 console.print(f"{op}: {shape}, {dtype} ...")
                 rows.append(bench.run(shape, dtype, 2.0 if options.quick else 8.0))
