@@ -18,7 +18,7 @@ from .harness import Row, Step, extra_peak_mb, interleave
 from .shapes import LOGIT_SHAPES, OutputShape
 
 SHAPES = LOGIT_SHAPES
-# The C++ engine computes in float32 whatever it is given; on a GPU half precision is another matter.
+# The C++ engine computes in float32 whatever it is given; on a GPU half precision has its own.
 TIMED = tuple(DTYPES) if torch.cuda.is_available() else ("float32",)
 
 

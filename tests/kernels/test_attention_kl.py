@@ -6,37 +6,14 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from fakd_kernels import attention_kl, explain
-from tests.support.accuracy import assert_accurate
 from tests.support.attention_cases import CASES, CASES_BY_ID, AttentionCase, make_inputs
+from tests.support.attention_checks import check, results
 
 ENGINES = ("reference", "cpu")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = {"f32": (F32, F32), "bf16": (BF16, BF16), "f16": (F16, F16), "bf16-f32": (BF16, F32)}
 DISTANCES = ("kl", "reverse_kl", "jsd", "mse")
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
-
-
-def results(inputs, *, reference: bool, **options) -> dict[str, torch.Tensor]:
-    if reference:
-        loss, per_pair, per_head = inputs.call_reference(**options)
-    else:
-        result = inputs.call(**options)
-        loss, per_pair, per_head = result.loss, result.per_pair, result.per_head
-    grads = torch.autograd.grad(3 * loss, list(inputs.leaves.values()))
-    logs = {"loss": loss, "per_pair": per_pair}
-    logs |= {f"per_head[{index}]": value for index, value in enumerate(per_head)}
-    return logs | dict(zip(inputs.leaves, grads, strict=True))
-
-
-def check(inputs, engine: str, **options) -> None:
-    truth = results(inputs.double(), reference=True, **options)
-    eager = results(inputs, reference=True, **options)
-    got = results(inputs, reference=False, engine=engine, **options)
-    assert got.keys() == truth.keys()
-    for name, value in got.items():
-        dtype = inputs.leaves[name].dtype if name in inputs.leaves else F32
-        assert value.dtype == dtype
-        assert_accurate(name, value, truth[name], eager[name], dtype)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

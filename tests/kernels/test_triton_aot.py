@@ -8,27 +8,20 @@ but a process without TRITON_INTERPRET.
 
 import os
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from fakd_kernels import _scale
+from fakd_kernels._triton import TL_DTYPES
+from fakd_kernels.ops.feature_alignment.triton_kernel import tiles, variants
+from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic
+from tests.support.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE, check
 
-from fakd_kernels import _scale  # noqa: E402
-from fakd_kernels._triton import TL_DTYPES  # noqa: E402
-from fakd_kernels.ops.feature_alignment.triton_kernel import tiles, variants  # noqa: E402
-from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic  # noqa: E402
-
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 DTYPES = {
     "fp32": (torch.float32,) * 3,
     "bf16": (torch.bfloat16,) * 3,
@@ -89,42 +82,6 @@ def row_variants(dtypes, widths, is_squared, is_aligned):
         ),
     )
     yield "column-sums", variants.column_sums_variant(t, LINES)
-
-
-def compile_variant(variant, capability):
-    signature = variant.signature | dict.fromkeys(variant.constants, "constexpr")
-    # As at run time, where torch's allocations begin on 16 bytes.
-    attributes = {
-        (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(variant.signature.values())
-        if kind.startswith("*")
-    }
-    source = ASTSource(variant.kernel, signature, variant.constants, attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resource_usage(compiled, folder):
-    """Registers of a thread, and the bytes that spill from them."""
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [CUOBJDUMP, "--dump-resource-usage", cubin]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
-
-
-def check(name, variant, capability, folder, spill_limit=0):
-    compiled = compile_variant(variant, capability)
-    registers, spilled = resource_usage(compiled, folder)
-    assert spilled <= spill_limit, (
-        f"{name}, sm_{capability}: {spilled} bytes spilled of {registers} registers"
-    )
-    limit = SHARED_BYTES[capability]
-    assert compiled.metadata.shared <= limit, (
-        f"{name}, sm_{capability}: {compiled.metadata.shared} bytes of shared memory, limit {limit}"
-    )
-    return compiled
 
 
 # At a step of occupancy (56, 64, 80 registers) ptxas sometimes keeps one pointer of a row kernel on

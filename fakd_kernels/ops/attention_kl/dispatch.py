@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from ... import _engines, _extension, _pairs
-from . import cpu, reference
+from . import cpu, reference, triton_kernel
 from .problem import Pair, Problem, Side
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill}
+FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
 
 
 def resolve(
@@ -77,7 +77,25 @@ def refusals(problem: Problem) -> _engines.Refusals:
         reason = f"it serves CPU tensors, these are on {device}"
     elif problem.coefficients.dtype == torch.float64:
         reason = "float64 is served by the reference engine only"
-    return {"reference": None, "cpu": reason or _extension.cpu_absent()}
+    return {
+        "reference": None,
+        "cpu": reason or _extension.cpu_absent(),
+        "triton": _triton_refusal(problem) or _engines.triton_absent(),
+    }
+
+
+def _triton_refusal(problem: Problem) -> str | None:
+    device = problem.coefficients.device.type
+    if device != "cuda" and not (device == "cpu" and _engines.interpreted()):
+        return f"it serves CUDA tensors, these are on {device}"
+    if problem.coefficients.dtype == torch.float64:
+        return "float64 is served by the reference engine only"
+    sides = [side for pair in problem.pairs for side in (pair.student, pair.teacher)]
+    if (widest := max(side.q.shape[-1] for side in sides)) > triton_kernel.WIDEST_HEAD:
+        return f"it serves heads up to {triton_kernel.WIDEST_HEAD} wide: got {widest}"
+    if any(side.q.dtype != side.k.dtype for side in sides):
+        return "it serves queries and keys of one dtype on each side"
+    return None
 
 
 def explain(*lowered) -> str:
