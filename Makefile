@@ -46,7 +46,7 @@ demo-lm: $(VENV)/.demo-lm
 # Triton's interpreter must be chosen before Triton is imported, hence a second process.
 test: $(VENV)/.demo
 	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_feature_alignment_triton.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/kernels/test_*_triton.py)
 
 # A contender, without its dependencies: they would replace torch.
 $(VENV)/.bench: $(VENV)/.installed
