@@ -265,7 +265,7 @@ def test_refusals_in_words():
     with pytest.raises(RuntimeError, match="float64 is served by the reference engine only"):
         inputs.double().call(engine="triton")
     wide = make_inputs(AttentionCase("", "", ((1, 3, (1, 1, 300), (1, 1, 8)),)))
-    with pytest.raises(RuntimeError, match="heads up to 256 wide: got 300"):
+    with pytest.raises(RuntimeError, match="heads up to 128 wide: got 300"):
         wide.call(engine="triton")
     inputs.tensors[2][0] = inputs.tensors[2][0].half()
     with pytest.raises(RuntimeError, match="queries and keys of one dtype"):
