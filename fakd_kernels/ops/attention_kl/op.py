@@ -73,7 +73,7 @@ def attention_kl(
         pair_weights: L numbers or a tensor `[L]`; default 1 / L each.
         normalizer: what the weighted sums over rows and heads are divided by, > 0; default the sum
             of row weights times the student's heads (times 1 for "mean").
-        engine: None, or "reference" | "cpu" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
 
     Returns:
         `AttentionKL`: loss [], per_pair [L] and per_head (the last two detached), float32 (float64

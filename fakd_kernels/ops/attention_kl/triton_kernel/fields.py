@@ -12,8 +12,8 @@ from torch import Tensor
 
 _PAIR_FIELDS = (
     *("first", "pair", "weights", "tokens", "begin", "end", "lower", "upper", "before", "after"),
-    *("teacher_heads", "student_sums", "teacher_sums", "center", "map", "slots", "batches"),
-    *("grad", "column", "factor"),
+    *("teacher_heads", "student_sums", "teacher_sums", "balance", "center", "map"),
+    *("slots", "batches", "grad", "column", "factor"),
 )
 _SIDE_FIELDS = (
     *("own", "own_batch", "own_head", "own_token"),
@@ -37,9 +37,10 @@ FIELDS = tl.constexpr(len(_NAMES))
 PAIR, WEIGHTS, TOKENS = _places("pair", "weights", "tokens")
 BEGIN, END, LOWER, UPPER = _places("begin", "end", "lower", "upper")
 BEFORE, AFTER, TEACHER_HEADS = _places("before", "after", "teacher_heads")
-# Addresses of float32: maxima and sums of rows, [2, B, H, T] (H the student's heads, but for the
+# Addresses of float32: what `store_sums` keeps, [2, B, H, T] (H the student's heads, but for the
 # sums of a teacher whose heads are averaged); [B, H, T]; [B, rows, T]. Slots are float64.
-STUDENT_SUMS, TEACHER_SUMS, CENTER = _places("student_sums", "teacher_sums", "center")
+STUDENT_SUMS, TEACHER_SUMS = _places("student_sums", "teacher_sums")
+BALANCE, CENTER = _places("balance", "center")
 MAP, SLOTS, BATCHES = _places("map", "slots", "batches")
 GRAD, COLUMN, FACTOR = _places("grad", "column", "factor")
 STUDENT, TEACHER = _places("student_own", "teacher_own")

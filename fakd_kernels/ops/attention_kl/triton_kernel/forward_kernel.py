@@ -2,7 +2,7 @@
 
 A program takes a block of queries of one head and sweeps its keys: 2 T^2 (Ks + Kt) FLOPs a head
 (half, if causal), twice that for "jsd" and "mse", whose distances need both sums first. It reads
-q once and, from L2, k for every block of queries; it writes 16 bytes per row (20 with a center).
+q once and, from L2, k for every block of queries; it writes 20 bytes per row (24 with a center).
 """
 
 import triton
@@ -70,8 +70,9 @@ def forward_kernel(
             moment = (moment - apart * old_s) * shrink_s + tl.sum(share_s * (below_s - below_t), 1)
     value = tl.zeros((BLOCK_OWN,), tl.float32)
     center = tl.zeros((BLOCK_OWN,), tl.float32)
-    # Where the sides are close, it is closer than a difference of logarithms; exactly 0 if equal.
-    log_ratio = tl.log2(tl.div_rn(sum_s, sum_t))
+    # Closer than a difference of logarithms where the sides are close; exactly 1 and 0 if equal.
+    ratio = tl.div_rn(sum_s, sum_t)
+    log_ratio = tl.log2(ratio)
     if DISTANCE == "kl":
         value = moment / sum_t + log_ratio
     elif DISTANCE == "reverse_kl":
@@ -96,8 +97,11 @@ def forward_kernel(
     store_values(line, slot, value, rows)
     if tl.load(line + fields.STUDENT_SUMS) != 0:
         heads = tl.load(line + fields.STUDENT + fields.HEADS)
-        store_sums(line, line + fields.STUDENT_SUMS, heads, batch, head, top_s, sum_s, rows)
-        store_sums(line, line + fields.TEACHER_SUMS, heads, batch, head, top_t, sum_t, rows)
+        store_sums(line, line + fields.STUDENT_SUMS, heads, batch, head, top_s, 1 / sum_s, rows)
+        store_sums(line, line + fields.TEACHER_SUMS, heads, batch, head, top_t, 1 / sum_t, rows)
+        balance = ratio if DISTANCE == "kl" or DISTANCE == "mse" else log_ratio
+        ptr, _stride = head_ptr(line, line + fields.BALANCE, heads, batch, head)
+        store_numbers(ptr, balance, 0.0, rows)
         if DISTANCE != "kl":
             ptr, _stride = head_ptr(line, line + fields.CENTER, heads, batch, head)
             store_numbers(ptr, center, 0.0, rows)

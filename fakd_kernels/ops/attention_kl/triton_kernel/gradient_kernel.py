@@ -37,7 +37,7 @@ from .rows import (
     score,
     score_tiles,
 )
-from .tile_math import terms, weigh
+from .tile_math import score_gradient, weigh
 
 
 @triton.jit
@@ -74,6 +74,7 @@ def gradient_kernel(
     student = open_side(side, rows, batch, head, BLOCK_OWN, BLOCK_OTHER, STUDENT)
     student_sums, stride = head_ptr(line, line + fields.STUDENT_SUMS, heads, batch, head)
     teacher_sums, _stride = head_ptr(line, line + fields.TEACHER_SUMS, heads, batch, head)
+    balance_ptr, _stride = head_ptr(line, line + fields.BALANCE, heads, batch, head)
     center_ptr, _stride = head_ptr(line, line + fields.CENTER, heads, batch, head)
     HAS_CENTER: tl.constexpr = IS_MEAN or DISTANCE != "kl"
     if not IS_MEAN:
@@ -88,11 +89,13 @@ def gradient_kernel(
         acc += (tl.zeros((BLOCK_OWN, STUDENT.pieces[i][1]), tl.float32),)
     own = begin + tl.arange(0, BLOCK_OWN)
     if OF_QUERIES:
-        top_s, sum_s = load_sums(student_sums, stride, own, rows.end)
-        if not IS_MEAN:
-            top_t, sum_t = load_sums(teacher_sums, stride, own, rows.end)
+        top_s, share = load_sums(student_sums, stride, own, rows.end)
+        center = share
         if HAS_CENTER:
             center = tl.load(center_ptr + own, mask=own < rows.end, other=0.0)
+        if not IS_MEAN:
+            top_t = tl.load(teacher_sums + own, mask=own < rows.end, other=0.0)
+            balance = tl.load(balance_ptr + own, mask=own < rows.end, other=0.0)
     for start in range(rows.first, rows.last, BLOCK_OTHER):
         queries = start + tl.arange(0, BLOCK_OTHER)
         weights = other_weights(start, rows, BLOCK_OTHER, HAS_WEIGHTS)
@@ -101,7 +104,8 @@ def gradient_kernel(
         others = load_rows(other_ptrs, weights != 0, student.width, STUDENT)
         s, bent = score_tiles(student, others, other_ptrs, weights != 0, rows, STUDENT)
         if not OF_QUERIES:
-            top_s, sum_s = load_sums(student_sums, stride, queries, rows.upper)
+            top_s, share = load_sums(student_sums, stride, queries, rows.upper)
+            center = share
             if HAS_CENTER:
                 center = tl.load(center_ptr + queries, mask=queries < rows.upper, other=0.0)
         s -= across(top_s, OF_QUERIES)
@@ -113,18 +117,19 @@ def gradient_kernel(
         else:
             t = score(teacher, start, rows, TEACHER)
             if not OF_QUERIES:
-                top_t, sum_t = load_sums(teacher_sums, stride, queries, rows.upper)
+                top_t = tl.load(teacher_sums + queries, mask=queries < rows.upper, other=0.0)
+                balance = tl.load(balance_ptr + queries, mask=queries < rows.upper, other=0.0)
             t -= across(top_t, OF_QUERIES)
-            if DISTANCE == "kl":
-                grad = tl.exp2(s) - tl.exp2(t) * across(tl.div_rn(sum_s, sum_t), OF_QUERIES)
-            else:
-                log_p = s - across(tl.log2(sum_s), OF_QUERIES)
-                log_t = t - across(tl.log2(sum_t), OF_QUERIES)
-                ratio = s - t - across(tl.log2(tl.div_rn(sum_s, sum_t)), OF_QUERIES)
-                _values, by = terms(log_p, log_t, ratio, DISTANCE)
-                grad = tl.exp2(s) * (by - across(center, OF_QUERIES))
+            grad = score_gradient(
+                s,
+                t,
+                across(share, OF_QUERIES),
+                across(balance, OF_QUERIES),
+                across(center, OF_QUERIES),
+                DISTANCE,
+            )
         if not OF_QUERIES:
-            grad *= across(weights / sum_s, False)
+            grad *= across(weights * share if HAS_WEIGHTS else share, False)
         if STUDENT.is_capped:
             grad *= 1 - bent * bent
         grad = tl.where(meets(start, weights, rows, HAS_WEIGHTS), grad, 0.0)
@@ -142,7 +147,7 @@ def gradient_kernel(
     factor = tl.load(coefficients_ptr + tl.load(line + fields.PAIR))
     factor *= load_float(line + fields.FACTOR)
     if OF_QUERIES:
-        factor = (rows.weights / sum_s * factor)[:, None]
+        factor = (rows.weights * share * factor)[:, None]
     width = load_size(side + fields.WIDTH, STUDENT.is_aligned)
     grad_ptr = load_pointer(line + fields.GRAD, GRAD_DTYPE, STUDENT.is_aligned)
     place = (batch * heads + head) * tl.load(line + fields.TOKENS)

@@ -47,15 +47,15 @@ def store_numbers(ptr, numbers, other, rows):
 
 
 @triton.jit
-def store_sums(line, field_ptr, heads, batch, head, top, total, rows):
-    """The maximum of each row, and the sum of its exponentials below it.
+def store_sums(line, field_ptr, heads, batch, head, top, share, rows):
+    """The maximum of each row, and one over the sum of its exponentials below it.
 
     They are kept apart: rounded to one number, the logarithm of the whole sum would cost
     probabilities as many digits as scores have before the point.
     """
     ptr, stride = head_ptr(line, field_ptr, heads, batch, head)
     store_numbers(ptr, top, 0.0, rows)
-    store_numbers(ptr + stride, total, 1.0, rows)
+    store_numbers(ptr + stride, share, 1.0, rows)
 
 
 @triton.jit

@@ -4,8 +4,8 @@
     gradients  tiles of scores again; dK of every query head
     groups     dK of the key heads that several query heads share
 
-Pairs of equal dtypes, padded widths and kinds of masks make one launch. What is kept: 16 bytes per
-row and head (20 for other distances than "kl"), and dK of every query head where they share keys.
+Pairs of equal dtypes, padded widths and kinds of masks make one launch. What is kept: 20 bytes per
+row and head (24 for other distances than "kl"), and dK of every query head where they share keys.
 """
 
 import torch
@@ -27,8 +27,8 @@ def fill(call: Call) -> None:
         if member.wants_any:
             for name in ("student_sums", "teacher_sums"):
                 member.kept[name] = call.empty(2, *member.sizes)
-            if problem.distance != "kl":
-                member.kept["center"] = call.empty(*member.sizes)
+            for name in ("balance",) if problem.distance == "kl" else ("balance", "center"):
+                member.kept[name] = call.empty(*member.sizes)
     for form, group in by_form(call.members):
         variant = variants.forward_variant(form, problem.distance, call.capability, len(group))
         jobs = []

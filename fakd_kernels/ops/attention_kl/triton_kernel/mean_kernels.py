@@ -59,7 +59,7 @@ def sums_kernel(
         s = tl.where(meets(start, weights, rows, HAS_WEIGHTS), s, MASKED)
         top, total, _shrink, _share, _below = renew(top, total, s)
     heads = tl.load(line + fields.STUDENT + fields.HEADS)
-    store_sums(line, line + fields.STUDENT_SUMS, heads, batch, head, top, total, rows)
+    store_sums(line, line + fields.STUDENT_SUMS, heads, batch, head, top, 1 / total, rows)
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def log_mean(
             outer,
         )
         s = score(head_rows, start, rows, FORM)
-        row_top, row_sum = load_sums(sums_ptr + head * tokens, sums_stride, own, rows.end)
+        row_top, share = load_sums(sums_ptr + head * tokens, sums_stride, own, rows.end)
         s -= row_top[:, None]
-        share = (1 / row_sum)[:, None]
+        share = share[:, None]
         above = s - top
         smaller = tl.exp2(-tl.abs(above))  # the one of the two that is not the maximum
         total = tl.where(above > 0, total * smaller + share, total + smaller * share)
@@ -174,7 +174,7 @@ def center_kernel(
     heads = tl.load(line + fields.STUDENT + fields.HEADS)
     ptr, stride = head_ptr(line, line + fields.STUDENT_SUMS, heads, batch, head)
     own = begin + tl.arange(0, BLOCK_OWN)
-    top, total = load_sums(ptr, stride, own, rows.end)
+    top, share = load_sums(ptr, stride, own, rows.end)
     center = tl.zeros((BLOCK_OWN,), tl.float32)
     for start in range(rows.first, rows.last, BLOCK_OTHER):
         weights = other_weights(start, rows, BLOCK_OTHER, HAS_WEIGHTS)
@@ -183,4 +183,4 @@ def center_kernel(
         by = load_map(line, batch, start, rows, mask, True)
         center += tl.sum(tl.where(mask, weigh(below, by, DISTANCE), 0.0), 1)
     ptr, _stride = head_ptr(line, line + fields.CENTER, heads, batch, head)
-    store_numbers(ptr, center / total, 0.0, rows)
+    store_numbers(ptr, center * share, 0.0, rows)

@@ -42,6 +42,13 @@ def renew(top, total, s):
 
 
 @triton.jit
+def against_middle(ratio):
+    """log2(p / m) and log2(t / m), m = (p + t) / 2, from log2(p / t): neither overflows."""
+    common = 1 - tl.log2(1 + tl.exp2(-tl.abs(ratio)))
+    return common + tl.minimum(ratio, 0.0), common - tl.maximum(ratio, 0.0)
+
+
+@triton.jit
 def terms(log_p, log_t, ratio, DISTANCE: tl.constexpr):
     """What elements add to the distance, and its derivative `by` p, up to a constant of the row.
 
@@ -60,10 +67,9 @@ def terms(log_p, log_t, ratio, DISTANCE: tl.constexpr):
         by = 2 * gap
         value = gap * gap
     else:
-        # log2(p / m) and log2(t / m) with m = (p + t) / 2, neither of which overflows.
-        common = 1 - tl.log2(1 + tl.exp2(-tl.abs(ratio)))
-        by = (common + tl.minimum(ratio, 0.0)) * 0.5
-        value = tl.exp2(log_p) * by + tl.exp2(log_t) * (common - tl.maximum(ratio, 0.0)) * 0.5
+        of_p, of_t = against_middle(ratio)
+        by = of_p * 0.5
+        value = tl.exp2(log_p) * by + tl.exp2(log_t) * of_t * 0.5
     return value, by
 
 
@@ -76,3 +82,23 @@ def weigh(below, by, DISTANCE: tl.constexpr):
     """
     p = tl.exp2(below)
     return p - tl.exp2(below + by) if DISTANCE == "kl" else p * by
+
+
+@triton.jit
+def score_gradient(s, t, share, balance, center, DISTANCE: tl.constexpr):
+    """d distance / d s, times the sum of the row, for scores below the maxima of their rows.
+
+    `balance` is Z^S / Z^T of the rows' sums, or its logarithm where the distance is one of
+    logarithms. Equal sides have s = t, a balance of 1 or 0, and give exactly 0.
+    """
+    if DISTANCE == "kl":
+        result = tl.exp2(s) - tl.exp2(t) * balance
+    elif DISTANCE == "mse":
+        p = tl.exp2(s)
+        result = p * (2 * share * (p - tl.exp2(t) * balance) - center)
+    elif DISTANCE == "reverse_kl":
+        result = tl.exp2(s) * (s - t - balance - center)
+    else:
+        of_p, _ = against_middle(s - t - balance)
+        result = tl.exp2(s) * (of_p * 0.5 - center)
+    return result

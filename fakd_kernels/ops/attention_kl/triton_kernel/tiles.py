@@ -1,6 +1,6 @@
 """Tile sizes of every kernel, by generation of card."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...._engines import interpreted
 from ...._triton import next_power_of_2
@@ -14,16 +14,57 @@ class Tile:
     num_stages: int = 3
 
 
+# By generation, kernel, and width of the wider side (up to 64, 128, 256), for half operands: own
+# rows are kept whole in shared memory, as are the other rows of every stage. 128 own rows in 8
+# warps leave a thread 32 scores of each side and, for a gradient, half its width. The largest found
+# whose registers do not spill and whose stages fit shared memory, as
+# tests/kernels/test_triton_aot_attention.py asserts. Chosen 2026-11; not yet tuned on a card.
+_WIDE, _NARROW = Tile(128, 64), Tile(128, 32)
+_HALF = {
+    80: {  # mma.sync, 163 KiB of shared memory
+        "forward": (_WIDE, _WIDE, Tile(128, 32, 8, 2)),
+        "gradient": (_WIDE, _NARROW, Tile(32, 32, 4, 2)),
+        "map": (_NARROW, Tile(64, 32), Tile(64, 32)),
+    },
+    90: {  # wgmma, 227 KiB
+        "forward": (_WIDE, _WIDE, _NARROW),
+        "gradient": (_WIDE, _WIDE, Tile(64, 32, 8, 2)),
+        "map": (_NARROW, _NARROW, Tile(128, 32, 8, 2)),
+    },
+    100: {  # tcgen05, 227 KiB
+        "forward": (_WIDE, _WIDE, _NARROW),
+        "gradient": (_NARROW, _NARROW, Tile(64, 32, 8, 2)),
+        "map": (_NARROW, _NARROW, Tile(64, 32, 8, 2)),
+    },
+    120: {  # mma.sync, 99 KiB: also sm_86 and sm_89
+        "forward": (_WIDE, Tile(128, 64, 8, 2), Tile(64, 32, 8, 2)),
+        "gradient": (_NARROW, _NARROW, Tile(32, 32, 4, 2)),
+        "map": (_NARROW, Tile(64, 32), Tile(32, 32, 4, 2)),
+    },
+}
+_FLOAT = Tile(64, 32, 8, 2)  # where a side goes in steps, alike for every width
 _INTERPRETED_TILE = Tile(32, 32, 4, 1)  # so that small tests meet several tiles
 
 
-def choose_tile(kind: str, capability: int, width: int, is_float: bool) -> Tile:
-    """Tiles that fit the registers and shared memory of every card; not tuned, for want of one."""
+def choose_tile(
+    kind: str,
+    capability: int,
+    width: int,
+    is_float: bool,
+    is_heavy: bool = False,
+    is_aligned: bool = True,
+) -> Tile:
+    """`is_heavy`: more arithmetic per score than "kl" without softcaps has, hence registers."""
     if interpreted():
         return _INTERPRETED_TILE
     if is_float:
-        return Tile(64, 32, 8, 2)
-    return Tile(64, 32, 8, 2) if width <= 128 else Tile(32, 32, 4, 2)
+        return _FLOAT
+    if not is_aligned:  # a pointer for every element that is loaded
+        return Tile(32, 32, 4, 2)
+    is_small = capability in (86, 89) or capability >= 120
+    generation = 120 if is_small else capability // 10 * 10
+    tile = _HALF[generation][kind][(width > 64) + (width > 128)]
+    return replace(tile, other=max(32, tile.other // 2)) if is_heavy else tile
 
 
 STEP = 16  # columns of float32: 64 bytes of a row

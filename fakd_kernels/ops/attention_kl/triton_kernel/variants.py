@@ -86,9 +86,24 @@ def _is_float(*forms: SideForm) -> bool:
     return any(form.precision != "native" for form in forms)
 
 
-def _variant(kernel, signature, constants, kind: str, forms, capability, lines, is_float=None):
+def _variant(
+    kernel,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    kind: str,
+    sides: tuple[SideForm, ...],
+    capability: int,
+    lines: int,
+    is_float: bool = False,
+) -> Variant:
+    """Of a kernel whose program keeps a tile; `is_float` where its gradient is, if no side is."""
     tile = tiles.choose_tile(
-        kind, capability, max(sum(form.pieces[-1]) for form in forms), is_float or _is_float(*forms)
+        kind,
+        capability,
+        max(sum(side.pieces[-1]) for side in sides),
+        is_float or _is_float(*sides),
+        constants.get("DISTANCE", "kl") != "kl" or any(side.is_capped for side in sides),
+        all(side.is_aligned for side in sides),
     )
     constants |= {"LINES": next_power_of_2(lines), "BLOCK_OWN": tile.own, "BLOCK_OTHER": tile.other}
     return Variant(kernel, signature, constants, tile.num_warps, tile.num_stages)
