@@ -67,8 +67,6 @@ class MapRows {
     call.n = n;
     call.student_side = call.teacher_side = side_;
     call.distance = problem_.distance;
-    call.jsd_beta = 0.5f;
-    call.label = -1;
     return kernels_.score_row(call, gain, 0, wants_grad()).distance;
   }
 

@@ -30,6 +30,8 @@ class LinearRun {
   explicit LinearRun(const LinearProblem& problem)
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
         count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary),
+        parts_(std::min<int64_t>(
+            torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE)),
         has_teacher_(problem.teacher.hidden.data != nullptr) {
     const int64_t sides = has_teacher_ ? 2 : 1;
     const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
@@ -61,20 +63,15 @@ class LinearRun {
   }
 
   // Sums over tokens: in the caller's memory where that is float32, else in ours.
-  static float* sums_of(const Rows& grad, Scratch& own) {
-    if (grad.data == nullptr) return nullptr;
-    if (grad.dtype == Dtype::float32) return static_cast<float*>(grad.data);
-    return own.reserve(grad.rows * grad.columns);
-  }
-
   void prepare_sums() {
-    grad_head_ = sums_of(problem_.grad_head, own_grad_head_);
     if (problem_.grad_bias.data != nullptr) bias_sums_.assign(vocabulary_, 0.0);
-    const int64_t width = problem_.student.head.columns;
-    if (grad_head_ != nullptr) {
-      advise_huge_pages(grad_head_, vocabulary_ * width * sizeof(float));
-      if (count_ == 0) std::memset(grad_head_, 0, vocabulary_ * width * sizeof(float));
-    }
+    const Rows& head = problem_.grad_head;
+    if (head.data == nullptr) return;
+    const int64_t size = head.rows * head.columns;
+    grad_head_ = head.dtype == Dtype::float32 ? static_cast<float*>(head.data)
+                                              : own_grad_head_.reserve(size);
+    advise_huge_pages(grad_head_, size * sizeof(float));
+    if (count_ == 0) std::memset(grad_head_, 0, size * sizeof(float));
   }
 
   void write_sums() {
@@ -106,7 +103,6 @@ class LinearRun {
     }
     torch::stable::parallel_for(0, tokens, 1, [&](int64_t first, int64_t last) {
       OutputScratch scratch;
-      Scratch bias;
       const float* biases[2] = {
           bias_of(problem_.student.bias, scratch.student),
           bias_of(problem_.teacher.bias, scratch.teacher)};
@@ -123,24 +119,17 @@ class LinearRun {
       const Matrix& gradient, const Matrix& hidden, int64_t begin, int64_t end) {
     const int64_t tokens = end - begin, width = hidden.columns;
     const bool wants_hidden = problem_.grad_hidden.data != nullptr;
-    const int64_t parts = std::min<int64_t>(
-        torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE);
-    float* sums = wants_hidden ? grad_hidden_.reserve(parts * tokens * width) : nullptr;
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t part, int64_t last_part) {
-      for (; part < last_part; ++part) {
-        const Matrix sum = row_major<float>(
-            wants_hidden ? sums + part * tokens * width : nullptr, tokens, width);
-        bool is_begun = false;
-        for_slices(problem_.student.head, part, parts, [&](const Matrix& slice, int64_t first) {
-          const Matrix columns = columns_of(gradient, first, slice.rows);
-          if (wants_hidden) multiply(sum, columns, slice, is_begun);
-          is_begun = true;
-          if (grad_head_ != nullptr) add_head_grad(columns, hidden, first, begin > 0);
-          if (!bias_sums_.empty()) add_bias_grad(columns, first);
-        });
+    float* sums = wants_hidden ? grad_hidden_.reserve(parts_ * tokens * width) : nullptr;
+    for_slices(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
+      const Matrix columns = columns_of(gradient, first, slice.rows);
+      if (wants_hidden) {
+        const float* sum = sums + part.index * tokens * width;
+        multiply(row_major(sum, tokens, width), columns, slice, first > part.begin);
       }
+      if (grad_head_ != nullptr) add_head_grad(columns, hidden, first, begin > 0);
+      if (!bias_sums_.empty()) add_bias_grad(columns, first);
     });
-    if (wants_hidden) write_hidden_grad(sums, parts, begin, end);
+    if (wants_hidden) write_hidden_grad(sums, begin, end);
   }
 
   void add_head_grad(const Matrix& gradient, const Matrix& hidden, int64_t first, bool is_added) {
@@ -193,21 +182,15 @@ class LinearRun {
 
   // out = hidden head^T
   void multiply_head(const Matrix& out, const Matrix& hidden, const Rows& head) {
-    const int64_t parts = std::min<int64_t>(
-        torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE);
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t part, int64_t last_part) {
-      for (; part < last_part; ++part) {
-        for_slices(head, part, parts, [&](const Matrix& slice, int64_t first) {
-          multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
-        });
-      }
+    for_slices(head, [&](const Matrix& slice, int64_t first, const Part&) {
+      multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
     });
   }
 
-  void write_hidden_grad(float* sums, int64_t parts, int64_t begin, int64_t end) {
+  void write_hidden_grad(float* sums, int64_t begin, int64_t end) {
     const Rows& grad = problem_.grad_hidden;
     const int64_t size = (end - begin) * grad.columns;
-    for (int64_t part = 1; part < parts; ++part) {
+    for (int64_t part = 1; part < parts_; ++part) {
       kernels_.add_scaled(sums + part * size, 1.0f, size, sums);
     }
     for (int64_t row = begin; row < end; ++row, sums += grad.columns) {
@@ -215,21 +198,32 @@ class LinearRun {
     }
   }
 
-  // A part of a head's rows, in float32, slice by slice.
+  // What one thread has of the vocabulary.
+  struct Part {
+    int64_t index, begin, end;
+  };
+
+  // All rows of a head, in float32: work(slice, first row, part), the parts side by side.
   template <class Work>
-  void for_slices(const Rows& head, int64_t part, int64_t parts, const Work& work) const {
+  void for_slices(const Rows& head, const Work& work) const {
     const CountedRows all(head.rows);
-    Scratch room;
-    const int64_t end = head.rows * (part + 1) / parts;
-    for (int64_t first = head.rows * part / parts; first < end; first += SLICE) {
-      work(fetch(kernels_, head, all, first, std::min(end, first + SLICE), room), first);
-    }
+    torch::stable::parallel_for(0, parts_, 1, [&](int64_t index, int64_t last) {
+      Scratch room;
+      for (; index < last; ++index) {
+        const Part part = {index, head.rows * index / parts_, head.rows * (index + 1) / parts_};
+        for (int64_t first = part.begin; first < part.end; first += SLICE) {
+          const int64_t end = std::min(part.end, first + SLICE);
+          work(fetch(kernels_, head, all, first, end, room), first, part);
+        }
+      }
+    });
   }
 
   const RowKernels& kernels_;
   const LinearProblem& problem_;
   const OutputRows rows_;
   const int64_t count_, vocabulary_;
+  const int64_t parts_;  // of the vocabulary, one per thread
   const bool has_teacher_;
   int64_t block_ = 0;
   Scratch student_, teacher_, student_hidden_, teacher_hidden_, grad_hidden_;

@@ -1,8 +1,6 @@
 // Rows of logits, shared by the ops on outputs: distance, cross-entropy and gradient of a token.
 #pragma once
 
-#include <vector>
-
 #include "output_kl.h"
 #include "row_kernels.h"
 
@@ -33,7 +31,6 @@ class OutputRows {
     row.distance = terms_.distance;
     row.jsd_beta = terms_.jsd_beta;
     if (terms_.student.softcap > 0) row.slope = scratch.slope.reserve(row.n);
-    row.label = -1;
     if (terms_.labels != nullptr) {
       row.label = terms_.labels[token];
       row.label_powers = scratch.label_powers.reserve(row.n);
