@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from . import _pairs, _validate
 
 DISTANCES = ("kl", "reverse_kl", "jsd", "mse")
+CPU_DISTANCES = {"kl": 0, "reverse_kl": 1, "mse": 2, "jsd": 3}  # as csrc/cpu/row_kernels.h counts
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,28 @@ class AttentionKL:
 
 
 pytree.register_dataclass(AttentionKL)
+
+
+def heads_compared(tensor: Tensor, teacher_heads: list[int]) -> int:
+    """The maps of a pair [B, H, ...] that are compared: its heads, or one if they are averaged."""
+    return tensor.shape[1] if teacher_heads else 1
+
+
+def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Let an engine fill the buffers of a problem: what the registered ops return."""
+    engine(problem)
+    sums = [pair.sums for pair in problem.pairs]
+    loss = _pairs.loss_of(problem.coefficients, torch.stack([part.sum() for part in sums]))
+    return loss, torch.cat(sums), grads
+
+
+def coefficients_gradient(
+    grad_loss: Tensor, sums: Tensor | None, sizes: Sequence[int], is_learned: bool
+) -> Tensor | None:
+    """[L], from the sums of every head, pair after pair."""
+    if sums is None or not is_learned:
+        return None
+    return grad_loss * torch.stack([part.sum() for part in sums.split(list(sizes))])
 
 
 def row_scales(

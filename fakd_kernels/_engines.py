@@ -6,6 +6,7 @@ nothing serves it. A forced engine that refuses raises: nothing falls back in si
 """
 
 import functools
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -107,6 +108,23 @@ def engines() -> EngineTable:
     )
 
 
+_DOUBLE = "float64 is served by the reference engine only"
+
+
+def cpu_refusal(device: torch.device, is_double: bool) -> str | None:
+    """Why the C++ engine cannot serve such tensors, None where it can."""
+    if device.type != "cpu":
+        return f"it serves CPU tensors, these are on {device.type}"
+    return _DOUBLE if is_double else _extension.cpu_absent()
+
+
+def triton_refusal(device: torch.device, is_double: bool) -> str | None:
+    """Why Triton kernels cannot serve such tensors, None where they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"it serves CUDA tensors, these are on {device.type}"
+    return _DOUBLE if is_double else triton_absent()
+
+
 def requested(engine: str | None) -> str | None:
     """The engine asked for by the argument, else by FAKD_ENGINE, else None for a free choice."""
     name = engine or os.environ.get("FAKD_ENGINE") or None
@@ -152,8 +170,21 @@ def _warn_once(message: str) -> None:
 _EXPLAINERS: dict[str, Callable[..., str]] = {}
 
 
-def register_explainer(op: str, explainer: Callable[..., str]) -> None:
-    _EXPLAINERS[op] = explainer
+def register_explainer(function: Callable, lower: Callable, explain: Callable[..., str]) -> None:
+    """Let `explain` serve a public function.
+
+    Args:
+        function: the op's public function, whose name and arguments it has.
+        lower: makes of these arguments, by name, those of the registered op, first in a tuple.
+        explain: takes these and gives the words.
+    """
+
+    def explainer(*tensors: object, **options: object) -> str:
+        bound = inspect.signature(function).bind(*tensors, **options)
+        bound.apply_defaults()
+        return explain(*lower(**bound.arguments)[0])
+
+    _EXPLAINERS[function.__name__] = explainer
 
 
 def explain(op: str, *tensors: object, **options: object) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _engines, _extension, _output_checks, _pairs, _validate
+from . import _engines, _output_checks, _pairs, _validate
 from ._backward import save_gradients, take_gradients
 
 
@@ -134,44 +134,17 @@ def lower_block_bytes(block_bytes: int | None) -> int:
     return block_bytes
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What F.linear does to its arguments under autocast, and nothing elsewhere."""
-    device_type = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    half = torch.get_autocast_dtype(device_type)
-    return [
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(half)
-        for tensor in tensors
-    ]
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """[N, D] with a contiguous last axis: a view where the strides allow one."""
-    rows = tensor.flatten(0, -2)
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def lower_projection(
     hidden: Tensor, head: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Strides that every engine serves."""
-    return flat(hidden), head.contiguous(), None if bias is None else bias.contiguous()
+    return _pairs.flat(hidden), head.contiguous(), None if bias is None else bias.contiguous()
 
 
 def wanted(*tensors: Tensor | None) -> list[bool]:
     """For every tensor: whether autograd will ask for its gradient."""
     is_grad = torch.is_grad_enabled()
     return [is_grad and tensor is not None and tensor.requires_grad for tensor in tensors]
-
-
-def cpu_refusal(coefficients: Tensor) -> str | None:
-    """Why the C++ engine cannot serve, None where it can."""
-    if coefficients.device.type != "cpu":
-        return f"it serves CPU tensors, these are on {coefficients.device.type}"
-    if coefficients.dtype == torch.float64:
-        return "float64 is served by the reference engine only"
-    return _extension.cpu_absent()
 
 
 def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -183,9 +156,18 @@ def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return loss, kl, ce, shares, rows.tokens
 
 
-def loss_of(coefficients: Tensor, sums: Tensor) -> Tensor:
-    """A term of weight 0 adds nothing, even where its sum is not finite."""
-    return torch.where(coefficients == 0, 0, coefficients * sums).sum()
+def refusals(problem) -> _engines.Refusals:
+    """Why each engine cannot serve a call, None where it can."""
+    coefficients = problem.terms.coefficients
+    is_double = coefficients.dtype == torch.float64
+    return {"reference": None, "cpu": _engines.cpu_refusal(coefficients.device, is_double)}
+
+
+def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Let an engine fill the buffers of a problem: what the registered ops return."""
+    engine(problem)
+    loss = _pairs.loss_of(problem.terms.coefficients, problem.sums)
+    return loss, problem.sums, problem.per_token, grads
 
 
 def engine_name(engine: str | None) -> str:

@@ -28,6 +28,30 @@ def pick(tensors: Sequence[Tensor | None], index: int) -> Tensor | None:
     return None if index < 0 else tensors[index]
 
 
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """Any strides, but a contiguous last axis."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """[N, D] with a contiguous last axis: a view where the strides allow one."""
+    return rows_contiguous(tensor.flatten(0, -2))
+
+
+def autocast(tensor: Tensor | None) -> Tensor | None:
+    """What F.linear does to an argument under autocast, and nothing elsewhere."""
+    if tensor is None or tensor.dtype == torch.float64:
+        return tensor
+    if not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def loss_of(coefficients: Tensor, sums: Tensor) -> Tensor:
+    """A term of weight 0 adds nothing, even where its sum is not finite."""
+    return torch.where(coefficients == 0, 0, coefficients * sums).sum()
+
+
 def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float32, or float64 where any tensor is."""
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)

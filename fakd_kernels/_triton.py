@@ -100,6 +100,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def is_tf32_allowed() -> bool:
+    """Whether torch lets float32 products on CUDA round their operands to tf32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def next_power_of_2(count: int) -> int:
     return 1 << max(0, count - 1).bit_length()
 

@@ -78,13 +78,13 @@ def lower(
         masks, rows, pair_weights, normalizer, lists["student_q"][0], work
     )
     student_q, student_k = (
-        [_rows_contiguous(t) for t in lists[name]] for name in ("student_q", "student_k")
+        [_pairs.rows_contiguous(t) for t in lists[name]] for name in ("student_q", "student_k")
     )
     lowered = (
         student_q,
         student_k,
-        [_rows_contiguous(t.detach()) for t in lists["teacher_q"]],
-        [_rows_contiguous(t.detach()) for t in lists["teacher_k"]],
+        [_pairs.rows_contiguous(t.detach()) for t in lists["teacher_q"]],
+        [_pairs.rows_contiguous(t.detach()) for t in lists["teacher_k"]],
         weights,
         weight * scale,
         weights_of,
@@ -99,11 +99,6 @@ def lower(
         _engines.requested(engine) or "",
     )
     return lowered, inverse
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Any strides, but a contiguous last axis."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _check_pair(index: int, tensors: dict[str, Tensor], device: torch.device) -> None:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ... import _engines, _extension, _pairs
+from ... import _engines, _pairs
+from ..._attention import heads_compared
 from . import cpu, reference, triton_kernel
 from .problem import Pair, Problem, Side
 
@@ -64,32 +65,17 @@ def resolve(
     return problem, chosen, _pairs.present(grad_q, grad_k)
 
 
-def heads_compared(q: Tensor, teacher_heads: list[int]) -> int:
-    """The maps of a pair that are compared: its heads, or one where they are averaged."""
-    return q.shape[1] if teacher_heads else 1
-
-
 def refusals(problem: Problem) -> _engines.Refusals:
     """Why each engine cannot serve this call, None where it can."""
-    device = problem.coefficients.device.type
-    reason = None
-    if device != "cpu":
-        reason = f"it serves CPU tensors, these are on {device}"
-    elif problem.coefficients.dtype == torch.float64:
-        reason = "float64 is served by the reference engine only"
+    device, is_double = problem.coefficients.device, problem.coefficients.dtype == torch.float64
     return {
         "reference": None,
-        "cpu": reason or _extension.cpu_absent(),
-        "triton": _triton_refusal(problem) or _engines.triton_absent(),
+        "cpu": _engines.cpu_refusal(device, is_double),
+        "triton": _engines.triton_refusal(device, is_double) or _triton_refusal(problem),
     }
 
 
 def _triton_refusal(problem: Problem) -> str | None:
-    device = problem.coefficients.device.type
-    if device != "cuda" and not (device == "cpu" and _engines.interpreted()):
-        return f"it serves CUDA tensors, these are on {device}"
-    if problem.coefficients.dtype == torch.float64:
-        return "float64 is served by the reference engine only"
     sides = [side for pair in problem.pairs for side in (pair.student, pair.teacher)]
     if (widest := max(side.q.shape[-1] for side in sides)) > triton_kernel.WIDEST_HEAD:
         return f"it serves heads up to {triton_kernel.WIDEST_HEAD} wide: got {widest}"

@@ -7,13 +7,12 @@
 at a time; backward only scales the gradients.
 """
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ... import _engines, _pairs, _validate
+from ... import _attention, _engines, _pairs, _validate
 from ..._attention import AttentionKL
 from ..._backward import save_gradients, take_gradients
 from . import dispatch
@@ -114,7 +113,7 @@ def attention_kl(
         engine,
     )
     loss, sums, _ = torch.ops.fakd.attention_kl(*lowered)
-    sizes = [dispatch.heads_compared(q, lowered[-3]) for q in lowered[0]]
+    sizes = [_attention.heads_compared(q, lowered[-3]) for q in lowered[0]]
     return AttentionKL.of(loss, sums, sizes, inverse)
 
 
@@ -132,17 +131,13 @@ torch.library.define(
 def _attention_kl(*lowered):
     _validate.check_row_weights(lowered[4])
     problem, chosen, grads = dispatch.resolve(*lowered)
-    dispatch.FILL[chosen](problem)
-    totals = torch.stack([pair.sums.sum() for pair in problem.pairs])
-    coefficients = problem.coefficients
-    loss = torch.where(coefficients == 0, 0, coefficients * totals).sum()
-    return loss, torch.cat([pair.sums for pair in problem.pairs]), grads
+    return _attention.fill(problem, dispatch.FILL[chosen], grads)
 
 
 @torch.library.register_fake("fakd::attention_kl")
 def _fake(student_q, student_k, teacher_q, teacher_k, row_weights, coefficients, *rest):
     _, wants_q, wants_k, *_, teacher_heads, _, _ = rest
-    count = sum(dispatch.heads_compared(q, teacher_heads) for q in student_q)
+    count = sum(_attention.heads_compared(q, teacher_heads) for q in student_q)
     grads = _pairs.present(
         _pairs.grad_buffers(student_q, wants_q, empty=torch.empty),
         _pairs.grad_buffers(student_k, wants_k, empty=torch.empty),
@@ -154,17 +149,16 @@ def _setup_context(ctx, inputs, output) -> None:
     student_q, student_k, teacher_q, _, row_weights = inputs[:5]
     save_gradients(ctx, output, (student_q, student_k), inputs[7:9])
     teacher_heads = inputs[16]
-    ctx.sizes = [dispatch.heads_compared(q, teacher_heads) for q in student_q]
+    ctx.sizes = [_attention.heads_compared(q, teacher_heads) for q in student_q]
     ctx.counts = (len(teacher_q), len(row_weights), bool(teacher_heads))
 
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
     teacher_count, weights_count, has_heads = ctx.counts
     (student_q, student_k), sums = take_gradients(ctx, grad_loss)
-    grad_coefficients = None
-    if sums is not None and ctx.needs_input_grad[5]:
-        totals = [part.sum() for part in sums.split(ctx.sizes)]
-        grad_coefficients = grad_loss * torch.stack(totals)
+    grad_coefficients = _attention.coefficients_gradient(
+        grad_loss, sums, ctx.sizes, ctx.needs_input_grad[5]
+    )
     teacher = [None] * teacher_count
     # register_autograd counts an empty list as a list of tensors, and wants one back.
     heads = None if has_heads else []
@@ -186,11 +180,4 @@ def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
 torch.library.register_autograd("fakd::attention_kl", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(attention_kl).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("attention_kl", _explain)
+_engines.register_explainer(attention_kl, lower, dispatch.explain)

@@ -58,10 +58,10 @@ def lower(
     weights, weights_of, scale, inverse = row_scales(
         masks, rows, pair_weights, normalizer, student[0], work
     )
-    student = [_rows_contiguous(s) for s in student]
+    student = [_pairs.rows_contiguous(s) for s in student]
     lowered = (
         student,
-        [_rows_contiguous(t.detach()) for t in teacher],
+        [_pairs.rows_contiguous(t.detach()) for t in teacher],
         weights,
         weight * scale,
         weights_of,
@@ -75,11 +75,6 @@ def lower(
         _engines.requested(engine) or "",
     )
     return lowered, inverse
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    """Any strides, but a contiguous last axis."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def _check_pair(index: int, student: Tensor, teacher: Tensor, device: torch.device) -> None:

@@ -2,9 +2,8 @@
 
 import torch
 
+from ..._attention import CPU_DISTANCES
 from .problem import Problem
-
-DISTANCES = {"kl": 0, "reverse_kl": 1, "mse": 2, "jsd": 3}
 
 
 def fill(problem: Problem) -> None:
@@ -28,5 +27,5 @@ def fill(problem: Problem) -> None:
         [-1 if pair.window is None else pair.window for pair in problem.pairs],
         problem.are_scores,
         problem.temperature,
-        DISTANCES[problem.distance],
+        CPU_DISTANCES[problem.distance],
     )

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ... import _engines, _extension, _pairs
+from ... import _engines, _pairs
+from ..._attention import heads_compared
 from . import cpu, reference
 from .problem import Pair, Problem
 
@@ -50,20 +51,11 @@ def resolve(
     return problem, chosen, _pairs.present(grads)
 
 
-def heads_compared(maps: Tensor, teacher_heads: list[int]) -> int:
-    """The maps of a pair that are compared: its heads, or one where they are averaged."""
-    return maps.shape[1] if teacher_heads else 1
-
-
 def refusals(problem: Problem) -> _engines.Refusals:
     """Why each engine cannot serve this call, None where it can."""
-    device = problem.coefficients.device.type
-    reason = None
-    if device != "cpu":
-        reason = f"it serves CPU tensors, these are on {device}"
-    elif problem.coefficients.dtype == torch.float64:
-        reason = "float64 is served by the reference engine only"
-    return {"reference": None, "cpu": reason or _extension.cpu_absent()}
+    coefficients = problem.coefficients
+    is_double = coefficients.dtype == torch.float64
+    return {"reference": None, "cpu": _engines.cpu_refusal(coefficients.device, is_double)}
 
 
 def explain(*lowered) -> str:

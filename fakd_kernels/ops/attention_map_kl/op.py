@@ -6,13 +6,12 @@
 backward only scales the gradients.
 """
 
-import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ... import _engines, _pairs, _validate
+from ... import _attention, _engines, _pairs, _validate
 from ..._attention import AttentionKL
 from ..._backward import save_gradients, take_gradients
 from . import dispatch
@@ -95,7 +94,7 @@ def attention_map_kl(
         engine,
     )
     loss, sums, _ = torch.ops.fakd.attention_map_kl(*lowered)
-    sizes = [dispatch.heads_compared(maps, lowered[-3]) for maps in lowered[0]]
+    sizes = [_attention.heads_compared(maps, lowered[-3]) for maps in lowered[0]]
     return AttentionKL.of(loss, sums, sizes, inverse)
 
 
@@ -112,17 +111,13 @@ torch.library.define(
 def _attention_map_kl(*lowered):
     _validate.check_row_weights(lowered[2])
     problem, chosen, grads = dispatch.resolve(*lowered)
-    dispatch.FILL[chosen](problem)
-    totals = torch.stack([pair.sums.sum() for pair in problem.pairs])
-    coefficients = problem.coefficients
-    loss = torch.where(coefficients == 0, 0, coefficients * totals).sum()
-    return loss, torch.cat([pair.sums for pair in problem.pairs]), grads
+    return _attention.fill(problem, dispatch.FILL[chosen], grads)
 
 
 @torch.library.register_fake("fakd::attention_map_kl")
 def _fake(student_maps, teacher_maps, row_weights, coefficients, row_weights_of, wants, *rest):
     teacher_heads = rest[4]
-    count = sum(dispatch.heads_compared(maps, teacher_heads) for maps in student_maps)
+    count = sum(_attention.heads_compared(maps, teacher_heads) for maps in student_maps)
     grads = _pairs.present(_pairs.grad_buffers(student_maps, wants, empty=torch.empty))
     return coefficients.new_empty(()), coefficients.new_empty((count,)), grads
 
@@ -131,17 +126,16 @@ def _setup_context(ctx, inputs, output) -> None:
     student_maps, teacher_maps, row_weights = inputs[:3]
     save_gradients(ctx, output, (student_maps,), inputs[5:6])
     teacher_heads = inputs[10]
-    ctx.sizes = [dispatch.heads_compared(maps, teacher_heads) for maps in student_maps]
+    ctx.sizes = [_attention.heads_compared(maps, teacher_heads) for maps in student_maps]
     ctx.counts = (len(teacher_maps), len(row_weights), bool(teacher_heads))
 
 
 def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
     teacher_count, weights_count, has_heads = ctx.counts
     (student_maps,), sums = take_gradients(ctx, grad_loss)
-    grad_coefficients = None
-    if sums is not None and ctx.needs_input_grad[3]:
-        totals = [part.sum() for part in sums.split(ctx.sizes)]
-        grad_coefficients = grad_loss * torch.stack(totals)
+    grad_coefficients = _attention.coefficients_gradient(
+        grad_loss, sums, ctx.sizes, ctx.needs_input_grad[3]
+    )
     # register_autograd counts an empty list as a list of tensors, and wants one back.
     heads = None if has_heads else []
     return (
@@ -159,11 +153,4 @@ def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
 torch.library.register_autograd("fakd::attention_map_kl", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(attention_map_kl).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("attention_map_kl", _explain)
+_engines.register_explainer(attention_map_kl, lower, dispatch.explain)

@@ -94,17 +94,15 @@ class Arguments:
         unique_projections, projection_of = _pairs.unique(projections)
         unique_biases, bias_of = _pairs.unique(biases)
         unique_masks, row_weights_of = _pairs.unique(masks)
-        if torch.is_autocast_enabled(device.type):  # what F.linear does to its arguments
-            half = torch.get_autocast_dtype(device.type)
-            students = [
-                tensor if weight is None else _autocast(tensor, half)
-                for tensor, weight in zip(students, projections, strict=True)
-            ]
-            unique_projections = [_autocast(tensor, half) for tensor in unique_projections]
-            unique_biases = [_autocast(tensor, half) for tensor in unique_biases]
+        students = [
+            tensor if weight is None else _pairs.autocast(tensor)
+            for tensor, weight in zip(students, projections, strict=True)
+        ]
+        unique_projections = [_pairs.autocast(tensor) for tensor in unique_projections]
+        unique_biases = [_pairs.autocast(tensor) for tensor in unique_biases]
         return Arguments(
-            [_rows(tensor) for tensor in students],
-            [_rows(tensor.detach()) for tensor in teachers],
+            [_pairs.flat(tensor) for tensor in students],
+            [_pairs.flat(tensor.detach()) for tensor in teachers],
             [tensor.contiguous() for tensor in unique_projections],
             [tensor.contiguous() for tensor in unique_biases],
             [_pairs.row_weights_of(tensor.reshape(-1)) for tensor in unique_masks],
@@ -175,13 +173,3 @@ def _check_pair(index, student, teacher, projection, bias, mask, device) -> None
                 f"{name['mask']} must have one weight per token of {name['student']}: got "
                 f"{list(mask.shape)} for {list(student.shape[:-1])}; pass [B, T] or [N]."
             )
-
-
-def _autocast(tensor: Tensor, half: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(half)
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """[N, D] with a contiguous last axis: a view where the strides allow one."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -99,19 +99,12 @@ def refusals(problem: Problem) -> _engines.Refusals:
         for tensor in (pair.student, pair.teacher, pair.projection, pair.bias)
         if tensor is not None
     ]
-    device = tensors[0].device.type
+    device = tensors[0].device
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-    double = "float64 is served by the reference engine only" if is_double else None
-    cpu_reason = double
-    if device != "cpu":
-        cpu_reason = f"it serves CPU tensors, these are on {device}"
-    triton_reason = double
-    if device != "cuda" and not (device == "cpu" and _engines.interpreted()):
-        triton_reason = f"it serves CUDA tensors, these are on {device}"
     return {
         "reference": None,
-        "cpu": cpu_reason or _extension.cpu_absent(),
-        "triton": triton_reason or _engines.triton_absent(),
+        "cpu": _engines.cpu_refusal(device, is_double),
+        "triton": _engines.triton_refusal(device, is_double),
     }
 
 

@@ -9,7 +9,6 @@ scales the gradients by the incoming scalar. Engines fill buffers that are alloc
 fake implementation is true of all of them.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,9 +139,7 @@ def _feature_alignment(*lowered):
     _validate.check_row_weights(lowered[4])
     problem, chosen, grads = dispatch.resolve(*lowered)
     dispatch.FILL[chosen](problem)
-    coefficients, sums = problem.coefficients, problem.sums
-    loss = torch.where(coefficients == 0, 0, coefficients * sums).sum()
-    return loss, sums, grads
+    return _pairs.loss_of(problem.coefficients, problem.sums), problem.sums, grads
 
 
 @torch.library.register_fake("fakd::feature_alignment")
@@ -201,11 +198,4 @@ def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
 torch.library.register_autograd("fakd::feature_alignment", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(feature_alignment).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("feature_alignment", _explain)
+_engines.register_explainer(feature_alignment, lower, dispatch.explain)

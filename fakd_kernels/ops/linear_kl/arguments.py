@@ -36,10 +36,11 @@ def lower(
     )
     _output_checks.check_distance(distance, jsd_beta)
     compared = _output_checks.compared_vocab(student_head.shape[0], teacher_head.shape[0], vocab)
-    student = _outputs.autocast(student_hidden, student_head, student_bias)
-    teacher = _outputs.autocast(
-        *(t if t is None else t.detach() for t in (teacher_hidden, teacher_head, teacher_bias))
-    )
+    student = [_pairs.autocast(t) for t in (student_hidden, student_head, student_bias)]
+    teacher = [
+        _pairs.autocast(t if t is None else t.detach())
+        for t in (teacher_hidden, teacher_head, teacher_bias)
+    ]
     rows = _outputs.lower_rows(
         leading,
         student_hidden,

@@ -8,7 +8,6 @@
 time; backward only scales the gradients.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -162,9 +161,7 @@ def _linear_kl(*lowered):
     labels, row_weights, _, _, vocab = lowered[6:11]
     _output_checks.check_values(labels, row_weights, vocab)
     problem, chosen, grads = dispatch.resolve(*lowered)
-    dispatch.FILL[chosen](problem)
-    loss = _outputs.loss_of(problem.terms.coefficients, problem.sums)
-    return loss, problem.sums, problem.per_token, grads
+    return _outputs.fill(problem, dispatch.FILL[chosen], grads)
 
 
 @torch.library.register_fake("fakd::linear_kl")
@@ -186,11 +183,4 @@ def _backward(ctx, grad_loss, *_):
 torch.library.register_autograd("fakd::linear_kl", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(linear_kl).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("linear_kl", _explain)
+_engines.register_explainer(linear_kl, lower, dispatch.explain)

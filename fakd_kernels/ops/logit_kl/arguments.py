@@ -45,8 +45,8 @@ def lower(
         normalizer=normalizer,
     )
     lowered = (
-        _outputs.flat(student_logits),
-        _outputs.flat(teacher_logits.detach()),
+        _pairs.flat(student_logits),
+        _pairs.flat(teacher_logits.detach()),
         rows.labels,
         rows.row_weights,
         rows.coefficients,

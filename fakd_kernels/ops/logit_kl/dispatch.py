@@ -43,19 +43,14 @@ def resolve(
         sums=coefficients.new_zeros(2),
         per_token=coefficients.new_zeros(student.shape[0], 2),
     )
-    chosen = _engines.choose("logit_kl", student.device, refusals(problem), engine)
+    chosen = _engines.choose("logit_kl", student.device, _outputs.refusals(problem), engine)
     return problem, chosen, _pairs.present(grads)
-
-
-def refusals(problem: Problem) -> _engines.Refusals:
-    """Why each engine cannot serve this call, None where it can."""
-    return {"reference": None, "cpu": _outputs.cpu_refusal(problem.terms.coefficients)}
 
 
 def explain(*lowered) -> str:
     """The engine, the reasons against the others, and the sizes, in words."""
     problem, chosen, _ = resolve(*lowered)
-    lines = _engines.describe("logit_kl", chosen, refusals(problem))
+    lines = _engines.describe("logit_kl", chosen, _outputs.refusals(problem))
     tokens, vocab = problem.student.shape
     lines.append(f"  {tokens} tokens, vocabulary of {vocab}, row by row")
     return "\n".join(lines)

@@ -7,7 +7,6 @@
 `fakd::logit_kl` computes the value and the gradient in one pass; backward only scales the gradient.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -144,9 +143,7 @@ def _logit_kl(*lowered):
     labels, row_weights, _, _, vocab = lowered[2:7]
     _output_checks.check_values(labels, row_weights, vocab)
     problem, chosen, grads = dispatch.resolve(*lowered)
-    dispatch.FILL[chosen](problem)
-    loss = _outputs.loss_of(problem.terms.coefficients, problem.sums)
-    return loss, problem.sums, problem.per_token, grads
+    return _outputs.fill(problem, dispatch.FILL[chosen], grads)
 
 
 @torch.library.register_fake("fakd::logit_kl")
@@ -168,11 +165,4 @@ def _backward(ctx, grad_loss, *_):
 torch.library.register_autograd("fakd::logit_kl", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(logit_kl).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("logit_kl", _explain)
+_engines.register_explainer(logit_kl, lower, dispatch.explain)

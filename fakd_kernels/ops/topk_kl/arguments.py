@@ -36,7 +36,7 @@ def lower(
             f"teacher_indices must hold at most V = {student_head.shape[0]} entries per token: got "
             f"{teacher_indices.shape[-1]}; the teacher's tokenizer must be the student's."
         )
-    student = _outputs.autocast(student_hidden, student_head, student_bias)
+    student = [_pairs.autocast(t) for t in (student_hidden, student_head, student_bias)]
     work = _pairs.work_dtype([*_pairs.present(student), teacher_logprobs])
     rows = _outputs.lower_rows(
         leading,

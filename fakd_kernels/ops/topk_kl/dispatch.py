@@ -44,19 +44,14 @@ def resolve(
         per_token=coefficients.new_zeros(hidden.shape[0], 2),
         block_bytes=block_bytes,
     )
-    chosen = _engines.choose("topk_kl", hidden.device, refusals(problem), engine)
+    chosen = _engines.choose("topk_kl", hidden.device, _outputs.refusals(problem), engine)
     return problem, chosen, _pairs.present(grads)
-
-
-def refusals(problem: Problem) -> _engines.Refusals:
-    """Why each engine cannot serve this call, None where it can."""
-    return {"reference": None, "cpu": _outputs.cpu_refusal(problem.terms.coefficients)}
 
 
 def explain(*lowered) -> str:
     """The engine, the reasons against the others, and the sizes, in words."""
     problem, chosen, _ = resolve(*lowered)
-    lines = _engines.describe("topk_kl", chosen, refusals(problem))
+    lines = _engines.describe("topk_kl", chosen, _outputs.refusals(problem))
     tokens, width = problem.hidden.shape
     ghost = " and a ghost" if problem.has_ghost else ""
     lines.append(

@@ -7,7 +7,6 @@
 time; backward only scales the gradients.
 """
 
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -162,9 +161,7 @@ def _topk_kl(*lowered):
     _output_checks.check_values(labels, row_weights, head.shape[0])
     _output_checks.check_support(indices, logprobs, row_weights, head.shape[0])
     problem, chosen, grads = dispatch.resolve(*lowered)
-    dispatch.FILL[chosen](problem)
-    loss = _outputs.loss_of(problem.terms.coefficients, problem.sums)
-    return loss, problem.sums, problem.per_token, grads
+    return _outputs.fill(problem, dispatch.FILL[chosen], grads)
 
 
 @torch.library.register_fake("fakd::topk_kl")
@@ -186,11 +183,4 @@ def _backward(ctx, grad_loss, *_):
 torch.library.register_autograd("fakd::topk_kl", _backward, setup_context=_setup_context)
 
 
-def _explain(*tensors, **options) -> str:
-    bound = inspect.signature(topk_kl).bind(*tensors, **options)
-    bound.apply_defaults()
-    lowered, _ = lower(**bound.arguments)
-    return dispatch.explain(*lowered)
-
-
-_engines.register_explainer("topk_kl", _explain)
+_engines.register_explainer(topk_kl, lower, dispatch.explain)

@@ -48,7 +48,7 @@ class Call:
         self.device = problem.coefficients.device
         self.capability = _triton.capability(self.device)
         self.coefficients = problem.coefficients.contiguous()
-        self.is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        self.is_tf32 = _triton.is_tf32_allowed()
         self.members = [
             Member(index, pair, Form.of(pair, self.is_tf32))
             for index, pair in enumerate(problem.pairs)

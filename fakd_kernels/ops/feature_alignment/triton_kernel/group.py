@@ -84,7 +84,7 @@ class Group:
         self.problem = steps.problem
         self.is_aligned = key.is_aligned
         self.capability = _triton.capability(steps.card)
-        is_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        is_tf32 = _triton.is_tf32_allowed()
         self.dtypes = Arithmetic.of(
             key.student, key.teacher, key.projection, is_tf32_allowed=is_tf32
         )
