@@ -12,23 +12,15 @@ import functools
 import pytest
 import torch
 
-from fakd_kernels import engines, feature_alignment
+from fakd_kernels import feature_alignment
 from fakd_kernels.ops.feature_alignment import feature_alignment_reference
 from tests.support.accuracy import assert_accurate
 
-from .harness import Row, Step, extra_peak_mb, interleave
+from .harness import DTYPES, Row, Step, contenders, extra_peak_mb, interleave
 from .shapes import FEATURE_SHAPES, FeatureShape
 
 SHAPES = FEATURE_SHAPES
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIMED = tuple(DTYPES)
-
-
-def contenders() -> tuple[str, ...]:
-    engine = "triton" if torch.cuda.is_available() else "cpu"
-    if not engines()[engine].is_usable:
-        raise RuntimeError(f"engine {engine} must be usable: {engines()[engine].reason}.")
-    return (engine, "eager", "compiled", "limit")
 
 
 def make_inputs(shape: FeatureShape, dtype: str) -> tuple[list, list, list]:

@@ -9,18 +9,24 @@ import functools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from fakd_kernels import linear_kl
 from tests.support.accuracy import assert_accurate
 
-from .bench_feature_alignment import DTYPES, contenders
-from .harness import Row, Step, extra_peak_mb, interleave
+from .bench_logit_kl import eager as kl_of_logits
+from .harness import (
+    DTYPES,
+    FLOAT32_ON_CPU,
+    Row,
+    Step,
+    contenders,
+    extra_peak_mb,
+    interleave,
+)
 from .shapes import LINEAR_SHAPES, OutputShape
 
 SHAPES = LINEAR_SHAPES
-# The C++ engine computes in float32 whatever it is given; on a GPU half precision has its own.
-TIMED = tuple(DTYPES) if torch.cuda.is_available() else ("float32",)
+TIMED = FLOAT32_ON_CPU
 
 
 def make_inputs(shape: OutputShape, dtype: str) -> tuple[torch.Tensor, ...]:
@@ -40,13 +46,7 @@ def eager(student_hidden, student_head, teacher_hidden, teacher_head) -> torch.T
     student = student_hidden @ student_head.T
     with torch.no_grad():
         teacher = teacher_hidden @ teacher_head.T
-    wide = torch.promote_types(student.dtype, torch.float32)
-    return F.kl_div(
-        F.log_softmax(student.to(wide), -1),
-        F.log_softmax(teacher.to(wide), -1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    return kl_of_logits(student, teacher)
 
 
 @functools.cache

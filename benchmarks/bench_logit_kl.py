@@ -13,13 +13,19 @@ import torch.nn.functional as F
 from fakd_kernels import logit_kl
 from tests.support.accuracy import assert_accurate
 
-from .bench_feature_alignment import DTYPES, contenders
-from .harness import Row, Step, extra_peak_mb, interleave
+from .harness import (
+    DTYPES,
+    FLOAT32_ON_CPU,
+    Row,
+    Step,
+    contenders,
+    extra_peak_mb,
+    interleave,
+)
 from .shapes import LOGIT_SHAPES, OutputShape
 
 SHAPES = LOGIT_SHAPES
-# The C++ engine computes in float32 whatever it is given; on a GPU half precision has its own.
-TIMED = tuple(DTYPES) if torch.cuda.is_available() else ("float32",)
+TIMED = FLOAT32_ON_CPU
 
 
 def make_inputs(shape: OutputShape, dtype: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,13 @@ from pathlib import Path
 
 import torch
 
+from fakd_kernels import engines
+
 Step = Callable[[], object]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# For ops whose C++ engine computes in float32 whatever it is given; a GPU has half precision.
+FLOAT32_ON_CPU = tuple(DTYPES) if torch.cuda.is_available() else ("float32",)
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,6 +56,14 @@ class Row:
 
     def ratio(self, contender: str, against: str) -> float:
         return self.times_ms[against]["median"] / self.times_ms[contender]["median"]
+
+
+def contenders() -> tuple[str, ...]:
+    """The engine of this device, and what it is compared with."""
+    engine = "triton" if torch.cuda.is_available() else "cpu"
+    if not engines()[engine].is_usable:
+        raise RuntimeError(f"engine {engine} must be usable: {engines()[engine].reason}.")
+    return (engine, "eager", "compiled", "limit")
 
 
 def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 7) -> dict:
