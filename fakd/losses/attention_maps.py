@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fakd_kernels import AttentionKL, attention_map_kl
 
-from .attention import DISTANCES
-from .shared import check_choice, check_lengths, check_weight, checked_pair_weights, mean_over_pairs
+from .attention import AttentionKLLoss
+from .shared import check_choice, check_lengths
 
 HEADS = ("match", "mean")
 INPUTS = ("probabilities", "scores")
 
 
-class AttentionMapKLLoss(nn.Module):
+class AttentionMapKLLoss(AttentionKLLoss):
     """Align attention maps, as `output_attentions=True` returns them, over all layer pairs.
 
         loss = weight * sum_l pair_weight_l * mean(KL(A_T || A_S))
@@ -35,34 +35,23 @@ class AttentionMapKLLoss(nn.Module):
         ValueError: numbers or choices that cannot be; lists of unequal length.
     """
 
+    name = "attention_map"
+
     def __init__(
         self,
         pairs: int,
         *,
         inputs: str = "probabilities",
         heads: str | Sequence[int] = "match",
-        distance: str = "kl",
         causal: bool = False,
-        temperature: float = 1.0,
-        weight: float = 1.0,
-        pair_weights: Sequence[float] | None = None,
-        engine: str | None = None,
+        **options,
     ) -> None:
-        super().__init__()
         check_choice("inputs", inputs, INPUTS)
         if isinstance(heads, str):
             check_choice("heads", heads, HEADS)
-        check_choice("distance", distance, DISTANCES)
-        check_weight("weight", weight)
-        self.pairs = pairs
+        super().__init__(pairs, heads=heads, **options)
         self.inputs = inputs
-        self.heads = heads if isinstance(heads, str) else list(heads)
-        self.distance = distance
         self.causal = causal
-        self.temperature = float(temperature)
-        self.weight = float(weight)
-        self.pair_weights = checked_pair_weights(pair_weights, pairs)
-        self.engine = engine
 
     def forward(
         self,
@@ -98,12 +87,3 @@ class AttentionMapKLLoss(nn.Module):
             normalizer=normalizer,
             engine=self.engine,
         )
-
-    def logs(self, result: AttentionKL) -> dict[str, Tensor]:
-        """The distance averaged over the pairs, and the same times its weight; [] each, detached.
-
-        Returns:
-            "attention_map", "weighted_attention_map".
-        """
-        mean = mean_over_pairs(result.per_pair, self.pair_weights)
-        return {"attention_map": mean, "weighted_attention_map": self.weight * mean}

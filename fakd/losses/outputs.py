@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from fakd_kernels import LinearKL, LogitKL, TopKKL, linear_kl, logit_kl, topk_kl
 
-from .shared import check_choice, check_weight
+from .shared import check_choice, check_temperature, check_weight
 
 DISTANCES = ("kl", "reverse_kl", "jsd")
 
@@ -32,8 +32,7 @@ class _OutputLoss(nn.Module):
             raise ValueError(
                 "kl_weight and ce_weight must not both be 0: got a loss that is 0; raise one."
             )
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be finite and > 0: got {temperature}; pass 1.")
+        check_temperature(temperature)
         if not 0 < jsd_beta < 1:
             raise ValueError(f"jsd_beta must be between 0 and 1: got {jsd_beta}; pass 0.5.")
         self.temperature = float(temperature)

@@ -17,6 +17,11 @@ def check_weight(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number >= 0: got {value}; pass one.")
 
 
+def check_temperature(temperature: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be finite and > 0: got {temperature}; pass 1.")
+
+
 def check_lengths(name: str, received: int, expected: int) -> None:
     if received != expected:
         raise ValueError(
