@@ -1,8 +1,8 @@
 """Measuring: checked before timed, interleaved, medians with spread, peak memory, and a record.
 
-Contenders run in turn within one process, round by round, so that a machine that drifts is unkind
-to all of them alike; a ratio is the ratio of medians of one run. Peak memory is measured in a
-fresh process per contender.
+Each case has a fresh process, where its contenders run in turn, round by round, so that a machine
+that drifts is unkind to all of them alike; a ratio is the ratio of medians of one run. Peak memory
+is measured in a fresh process per contender.
 """
 
 import datetime
@@ -18,11 +18,13 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from fakd_kernels import engines
 
+T = TypeVar("T")
 Step = Callable[[], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,9 +105,18 @@ def extra_peak_mb(module: str, *arguments: object) -> float:
         module: a bench module with `make_step(*arguments)`, which returns a step.
         arguments: picklable.
     """
+    return in_fresh_process(_peak_of_step, module, arguments)
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
+    """The result of a call in a process of its own.
+
+    What ran before in a process changes what its allocator does, and with it the time of
+    everything that stores large intermediates: the same eager step took 157 or 356 ms.
+    """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_peak_of_step, module, arguments).result()
+        return pool.submit(function, *arguments).result()
 
 
 def _peak_of_step(module: str, arguments: tuple) -> float:

@@ -33,12 +33,13 @@ def main() -> None:
     console = Console()
     rows: list[Row] = []
     curves: list[dict] = []
+    seconds = 2.0 if options.quick else 8.0
     for op in options.ops or OPS:
         bench = importlib.import_module(f"benchmarks.{OPS[op]}")
         for dtype in [options.dtype] if options.dtype else bench.TIMED:
             for shape in bench.SHAPES:
                 console.print(f"{op}: {shape}, {dtype} ...")
-                rows.append(bench.run(shape, dtype, 2.0 if options.quick else 8.0))
+                rows.append(harness.in_fresh_process(bench.run, shape, dtype, seconds))
         if hasattr(bench, "memory_curve") and not options.quick:
             console.print(f"{op}: memory by length ...")
             curves.append(bench.memory_curve())

@@ -25,6 +25,9 @@ constexpr int64_t BLOCK_BYTES = 24 << 20, LEAST_TOKENS = 48;
 // tokens dW ran at 150 GFLOP/s in slices of 128 and at 100 as a whole, dH at 190 (one core of 210).
 constexpr int64_t SLICE = 512, SUM_SLICE = 128;
 
+// Blocks of whole vectors of tokens, as far as there are so many.
+constexpr int64_t VECTOR = 16;
+
 class LinearRun {
  public:
   explicit LinearRun(const LinearProblem& problem)
@@ -39,7 +42,8 @@ class LinearRun {
                              ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
                              : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
     const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
-    block_ = (count_ + blocks - 1) / blocks;
+    const int64_t even = (count_ + blocks - 1) / blocks;
+    block_ = std::min(most, (even + VECTOR - 1) / VECTOR * VECTOR);
   }
 
   void run() {
@@ -182,8 +186,19 @@ class LinearRun {
 
   // out = hidden head^T
   void multiply_head(const Matrix& out, const Matrix& hidden, const Rows& head) {
+    const int64_t panel = kernels_.panel;
+    if (panel == 0) {
+      for_slices(head, [&](const Matrix& slice, int64_t first, const Part&) {
+        multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
+      });
+      return;
+    }
+    float* packed = packed_.reserve((hidden.rows + panel - 1) / panel * panel * hidden.columns);
+    kernels_.pack_rows(hidden.data, hidden.row_stride, hidden.rows, hidden.columns, packed);
     for_slices(head, [&](const Matrix& slice, int64_t first, const Part&) {
-      multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
+      kernels_.multiply_rows(
+          packed, hidden.rows, hidden.columns, slice.data, slice.row_stride, slice.rows,
+          const_cast<float*>(out.data) + first, out.row_stride);
     });
   }
 
@@ -226,7 +241,7 @@ class LinearRun {
   const int64_t parts_;  // of the vocabulary, one per thread
   const bool has_teacher_;
   int64_t block_ = 0;
-  Scratch student_, teacher_, student_hidden_, teacher_hidden_, grad_hidden_;
+  Scratch student_, teacher_, packed_, student_hidden_, teacher_hidden_, grad_hidden_;
   Scratch own_grad_head_;
   float* grad_head_ = nullptr;
   std::vector<double> bias_sums_;

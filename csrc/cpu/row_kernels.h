@@ -108,6 +108,14 @@ struct RowKernels {
   void (*widen)(const void* x, Dtype dtype, int64_t n, float* out);
   // Round to nearest even; NaN stays NaN.
   void (*narrow_bfloat16)(const float* x, int64_t n, uint16_t* out);
+  // out[i][j] = sum_k a[i][k] b[j][k] for few rows of a. These are packed first, `panel` of them at a
+  // time, into n floats for each row of whole panels; on a 64-byte boundary. A panel of 0 rows: there
+  // are no such functions for this set.
+  int64_t panel;
+  void (*pack_rows)(const float* a, int64_t stride, int64_t rows, int64_t n, float* out);
+  void (*multiply_rows)(
+      const float* panels, int64_t a_rows, int64_t n, const float* b, int64_t b_stride,
+      int64_t b_rows, float* out, int64_t out_stride);
 };
 
 // The best set this processor runs, or the one FAKD_ISA names. Throws if it names another.
