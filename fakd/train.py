@@ -1,27 +1,52 @@
 """The training loop, top to bottom."""
 
-import json
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import gather_object, send_to_device
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import get_linear_schedule_with_warmup
 
+from .broken_loss import NonFiniteLoss, stop_all
 from .config import TrainConfig
-from .distiller import DistillerOutput
+from .distribute import gradient_sync, join, prepare
+from .train_log import LogLine, TrainLog
 
-LogLine = dict[str, float]
+__all__ = ["LogLine", "NonFiniteLoss", "Resumes", "predict", "train"]
 
 
-class NonFiniteLoss(FloatingPointError):
-    """A loss became NaN or infinite; the message names the term."""
+class Resumes(Protocol):
+    """What keeps the state of a training, such as `fakd.checkpoint.Checkpoints`.
+
+    Both methods are called in every process, with the distiller itself, not its wrapper.
+    """
+
+    def restore(
+        self,
+        accelerator: Accelerator,
+        distiller: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+    ) -> int:
+        """Load the last state, and say how many steps it had taken; 0: there is none."""
+
+    def save(
+        self,
+        accelerator: Accelerator,
+        distiller: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: LRScheduler,
+        step: int,
+    ) -> None:
+        """Keep the state after `step` steps."""
 
 
 def train(
@@ -29,72 +54,87 @@ def train(
     batches: DataLoader | Sequence[dict],
     config: TrainConfig,
     *,
+    accelerator: Accelerator | None = None,
     log_path: Path | None = None,
     console: Console | None = None,
     title: str = "training",
+    checkpoints: Resumes | None = None,
 ) -> list[LogLine]:
-    """Take one optimiser step for each batch.
+    """Take one optimiser step for each `config.accumulation` micro-batches of every process.
+
+    A step depends on its rows alone, not on how they are split: every term is a mean over all
+    that counts in the micro-batches of all processes, and so are the gradients and the log.
 
     Args:
-        distiller: a `Distiller`, or any module that returns its `.loss` and `.logs`; trained in
-            place, on the device that accelerate picks.
-        batches: what `distiller` takes as keywords, one entry per step; its length is the number
-            of steps.
+        distiller: a `Distiller`; trained in place, on the device of `accelerator`.
+        batches: the micro-batches of this process in order, each what `distiller` takes as
+            keywords, with the same entries in all; equally many in every process. The caller has
+            split the rows over the processes.
         config: see `TrainConfig`.
+        accelerator: one process, DDP or FSDP2; None makes one, with `config.mixed_precision`. What
+            it tracks receives the lines of the log.
         log_path: where to write one JSON object per line of the log.
         console: where to draw a progress bar; None draws none.
         title: what the progress bar says.
+        checkpoints: where to go on, if there is a state, and where to keep it: every
+            `config.checkpoint_every` steps, and after the last.
 
     Returns:
         The log: step, loss, every term unweighted and weighted, learning rate and seconds per
-        step, each a mean over the steps since the line before.
+        step, each a mean over the steps since the line before (or since the training went on). The
+        main process also has, and writes, the lines from before it went on.
 
     Raises:
-        NonFiniteLoss: before the gradients of such a loss reach the weights.
+        NonFiniteLoss: in all processes, before the gradients of such a loss reach the weights; the
+            micro-batch is saved beside the log.
+        ValueError: no whole number of steps, or another one in another process; an accelerator of
+            another kind.
     """
-    torch.manual_seed(config.seed)
-    steps = len(batches)
-    if steps == 0:
-        raise ValueError("batches must hold at least one step: got none; pass more data.")
-    accelerator = Accelerator()
-    optimizer = torch.optim.AdamW(_parameter_groups(distiller, config), lr=config.learning_rate)
+    accelerator = accelerator or join(config.mixed_precision)
+    steps = _count_steps(len(batches), config.accumulation)
+    model = prepare(accelerator, distiller)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(_parameter_groups(parameters, config), lr=config.learning_rate)
     schedule = get_linear_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
-    distiller, optimizer, batches = accelerator.prepare(distiller, optimizer, batches)
-    parameters = [parameter for parameter in distiller.parameters() if parameter.requires_grad]
+    optimizer = accelerator.prepare_optimizer(optimizer)
+    done = 0
+    if checkpoints is not None:
+        done = checkpoints.restore(accelerator, distiller, optimizer, schedule)
+    # DDP and FSDP average over the processes, and accelerate over the accumulation it knows of;
+    # the parts of one loss must be added up.
+    divisor = accelerator.num_processes * accelerator.gradient_accumulation_steps
 
-    distiller.train()
-    log = _Log(config.log_every, steps, log_path)
-    with log, _progress_bar(console) as bar:
-        task = bar.add_task(title, total=steps, loss=float("nan"))
-        for step, batch in enumerate(batches, start=1):
-            output = distiller(**batch)
-            stop_if_not_finite(output, step)
-            accelerator.backward(output.loss)
+    torch.manual_seed(config.seed)  # of the order of a shuffled DataLoader
+    stream = _micro_batches(batches, done * config.accumulation, accelerator.device)
+    with TrainLog(accelerator, config.log_every, steps, done, log_path, console, title) as log:
+        for step in range(done + 1, steps + 1):
+            model.train()
+            micro_batches = list(islice(stream, config.accumulation))
+            # Dropout depends on the step alone: a training that goes on needs no state of
+            # generators, whatever else drew numbers before.
+            torch.manual_seed(_mix(config.seed, step, accelerator.process_index))
+            normalizers = _sums(accelerator, [distiller.counts(**batch) for batch in micro_batches])
+            terms = []
+            for index, batch in enumerate(micro_batches, start=1):
+                with gradient_sync(model, is_wanted=index == config.accumulation):
+                    output = model(**batch, normalizers=normalizers)
+                    accelerator.backward(divisor * output.loss)
+                terms.append({"loss": output.loss.detach(), **output.logs})
+            means = _sums(accelerator, terms)
+            # Reads one number from the device in every step: the price of never having to go back.
+            if not torch.isfinite(means["loss"]):
+                stop_all(accelerator, step, terms, micro_batches, log_path)
             accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            log.add(step, output, learning_rate=schedule.get_last_lr()[0])
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-            bar.update(task, advance=1, loss=log.last_loss)
+            log.add(step, means, learning_rate=schedule.get_last_lr()[0])
+            if not optimizer.step_was_skipped:  # by the loss scaler of fp16
+                schedule.step()
+            if checkpoints is not None and _is_due(step, steps, config.checkpoint_every):
+                checkpoints.save(accelerator, distiller, optimizer, schedule, step)
+    # Forward as it was, without the casts of mixed precision.
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return log.lines
-
-
-def stop_if_not_finite(output: DistillerOutput, step: int) -> None:
-    """Raise before a broken loss spoils the weights.
-
-    Reads one number from the device in every step: the price of never having to go back.
-    """
-    if torch.isfinite(output.loss):
-        return
-    values = {name: float(value) for name, value in output.logs.items()}
-    unweighted = {name: values[name] for name in values if not name.startswith("weighted_")}
-    broken = [name for name, value in unweighted.items() if not abs(value) < float("inf")]
-    listed = ", ".join(f"{name} = {value:g}" for name, value in unweighted.items())
-    raise NonFiniteLoss(
-        f"the loss must stay finite: got {float(output.loss.detach()):g} in step {step}, from "
-        f"{' and '.join(broken) or 'the sum of the terms'} ({listed}); lower the learning rate, "
-        "or look at that batch."
-    )
 
 
 @torch.no_grad()
@@ -111,70 +151,52 @@ def predict(model: nn.Module, batches: Iterable[dict]) -> list[int]:
     return classes
 
 
-class _Log:
-    """Means between two lines of the log, kept and written as they come."""
-
-    def __init__(self, every: int, steps: int, path: Path | None) -> None:
-        self.lines: list[LogLine] = []
-        self.last_loss = float("nan")
-        self._every, self._steps, self._path = every, steps, path
-        self._files = ExitStack()
-        self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
-
-    def __enter__(self) -> "_Log":
-        self._file = None
-        if self._path is not None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._files.enter_context(self._path.open("w", encoding="utf-8"))
-        self._began = time.perf_counter()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._files.close()
-
-    def add(self, step: int, output: DistillerOutput, learning_rate: float) -> None:
-        for name, value in {"loss": output.loss.detach(), **output.logs}.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._count += 1
-        if step % self._every and step != self._steps:
-            return
-        # The one place where the terms reach the host.
-        means = {name: float(total) / self._count for name, total in self._sums.items()}
-        now = time.perf_counter()
-        seconds = (now - self._began) / self._count
-        line = {"step": step, **means, "learning_rate": learning_rate, "step_seconds": seconds}
-        self.lines.append(line)
-        self.last_loss = means["loss"]
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        self._sums, self._count, self._began = {}, 0, now
+def _count_steps(micro_batches: int, accumulation: int) -> int:
+    everywhere = gather_object([micro_batches])
+    if len(set(everywhere)) > 1:
+        raise ValueError(
+            f"batches must be equally many in every process: got {everywhere}; split them evenly."
+        )
+    steps, rest = divmod(micro_batches, accumulation)
+    if rest:
+        raise ValueError(
+            f"batches must hold whole steps of {accumulation} micro-batches: got {micro_batches}; "
+            f"drop the last {rest}."
+        )
+    if steps == 0:
+        raise ValueError("batches must hold at least one step: got none; pass more data.")
+    return steps
 
 
-def _parameter_groups(module: nn.Module, config: TrainConfig) -> list[dict]:
+def _micro_batches(batches, done: int, device: torch.device) -> Iterator[dict]:
+    """Those that are left, on the device; the others are not loaded."""
+    if isinstance(batches, DataLoader):
+        left = skip_first_batches(batches, done) if done else batches
+    else:
+        left = (batches[index] for index in range(done, len(batches)))
+    return (send_to_device(batch, device) for batch in left)
+
+
+def _sums(accelerator: Accelerator, values: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """[] for each name: the sum over the micro-batches of all processes."""
+    total = torch.stack([torch.stack([*value.values()]) for value in values]).sum(0)
+    total = accelerator.reduce(total, reduction="sum")
+    return dict(zip(values[0], total.unbind(), strict=True))
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several numbers."""
+    return random.Random(repr(numbers)).getrandbits(63)
+
+
+def _is_due(step: int, steps: int, every: int | None) -> bool:
+    return step == steps or (every is not None and step % every == 0)
+
+
+def _parameter_groups(parameters: Sequence[nn.Parameter], config: TrainConfig) -> list[dict]:
     """Matrices decay; biases and norms do not."""
-    learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {
-            "params": [parameter for parameter in learned if parameter.dim() >= 2],
-            "weight_decay": config.weight_decay,
-        },
-        {
-            "params": [parameter for parameter in learned if parameter.dim() < 2],
-            "weight_decay": 0.0,
-        },
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _progress_bar(console: Console | None) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<34}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=console is None,
-    )

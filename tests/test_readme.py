@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 
 from benchmarks import report
+from fakd.cli import app
+from fakd.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -16,8 +19,11 @@ def blocks(language: str) -> list[str]:
     return [text for name, text in BLOCKS if name == language]
 
 
-def test_python_blocks_run_in_order(capsys):
+# The Trainer of transformers pins memory by default, which only machines with a GPU can.
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+def test_python_blocks_run_in_order(capsys, monkeypatch, tmp_path):
     """As one session, the way a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     assert len(blocks("python")) >= 4
     for block in blocks("python"):
@@ -37,6 +43,20 @@ def test_commands_exist():
     for command in "".join(blocks("bash")).splitlines():
         for extra in re.findall(r"\.\[(\w+)\]", command):
             assert f"\n{extra} = [" in pyproject
+
+
+def test_fakd_commands_and_their_options_exist():
+    commands = typer.main.get_command(app).commands
+    told = re.findall(r"(?:^|`)fakd ([a-z-]+)([^`\n]*(?:\\\\\n[^`\n]*)*)", README, re.MULTILINE)
+    assert {name for name, _ in told} >= {"train", "eval", "report", "cache-teacher", "doctor"}
+    for name, arguments in told:
+        options = {option for p in commands[name].params for option in p.opts}
+        assert set(re.findall(r"--[a-z-]+", arguments)) <= options, (name, arguments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configs_are_settings(path):
+    assert load_config(path).output.parent.name == "outputs"
 
 
 def test_versions_are_those_of_pyproject():

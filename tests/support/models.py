@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -106,6 +107,21 @@ def tiny_batch(
     if labels is not None:
         batch["labels"] = torch.randint(0, labels, (rows,), generator=generator)
     return batch
+
+
+def tiny_lm(
+    family: str = "llama", *, layers: int = 6, width: int = 16, **options
+) -> PreTrainedModel:
+    """A random causal language model in eval mode."""
+    sizes = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 2 * width, "vocab_size": VOCABULARY, "pad_token_id": 0}
+    sizes |= {"num_key_value_heads": 1} if family != "gpt2" else {}
+    sizes |= {"head_dim": 8} if family in ("gemma2", "qwen3") else {}
+    config = AutoConfig.for_model(
+        family, max_position_embeddings=40, bos_token_id=1, eos_token_id=2, **sizes | options
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

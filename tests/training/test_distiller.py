@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
 
 from fakd import DistillConfig, Distiller, FeatureAlignmentLoss, capture_hidden_states
 from tests.support.models import tiny_batch, tiny_model
@@ -175,31 +174,45 @@ def test_nothing_stays_on_the_models():
     assert list(states) == [1]
 
 
-def test_hugging_face_trainer(tmp_path):
-    distiller = make()
-    rows = [{k: v[0] for k, v in tiny_batch(labels=3, seed=s).items()} for s in range(8)]
-    arguments = TrainingArguments(
-        output_dir=tmp_path,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        max_steps=2,
-        learning_rate=1e-2,
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        logging_steps=1,
-        dataloader_pin_memory=False,
-    )
-    before = copy.deepcopy(distiller.student.state_dict())
-    trainer = Trainer(distiller, arguments, train_dataset=rows, eval_dataset=rows)
-    trainer.train()
-    assert any(not torch.equal(v, before[k]) for k, v in distiller.student.state_dict().items())
-    assert trainer.state.log_history[0]["loss"] < 10
-    logits, logs = trainer.predict(rows).predictions
-    assert logits.shape == (8, 3)
-    assert "weighted_cosine" in logs
+def test_counts():
+    batch = tiny_batch(4, 7, labels=3)  # 7, 6, 5 and 4 tokens
+    batch["labels"][1] = -100
+    found = {name: count.item() for name, count in make().counts(**batch).items()}
+    assert found == {"rows": 4, "tokens": 22, "next_tokens": 18, "labels": 3}
+    del batch["labels"], batch["attention_mask"]
+    found = {name: count.item() for name, count in make().counts(**batch).items()}
+    assert found == {"rows": 4, "tokens": 28, "next_tokens": 24, "labels": 0}
+    scores = torch.tensor([0.5, -100.0])
+    assert make().counts(scores, input_ids=batch["input_ids"][:2])["labels"] == 2
+    with pytest.raises(ValueError, match=r"attention_mask, input_ids or .* got \['pixels'\]"):
+        make().counts(pixels=torch.ones(2, 3))
+
+
+def test_parts_add_up_to_the_whole():
+    distiller, batch = make().eval(), tiny_batch(6, labels=3)
+    batch["labels"][:2] = -100
+    parts = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2, 4)]
+    counts = [distiller.counts(**part) for part in parts]
+    normalizers = {name: sum(count[name] for count in counts) for name in counts[0]}
+    whole, outputs = distiller(**batch), [distiller(**p, normalizers=normalizers) for p in parts]
+    assert outputs[0].logs["task"] == 0
+    assert not outputs[0].logits.requires_grad
+    torch.testing.assert_close(sum(output.loss for output in outputs), whole.loss)
+    for name, value in whole.logs.items():
+        torch.testing.assert_close(sum(output.logs[name] for output in outputs), value)
+    with pytest.raises(ValueError, match=r"normalizers must hold .*: got no labels; pass the"):
+        distiller(**batch, normalizers={k: v for k, v in normalizers.items() if k != "labels"})
+
+
+def test_own_counts_change_nothing():
+    distiller, batch = make().eval(), tiny_batch(4, labels=3)
+    plain, same = distiller(**batch), distiller(**batch, normalizers=distiller.counts(**batch))
+    assert torch.equal(plain.loss, same.loss)
+    parameters = list(distiller.parameters())
+    for got, want in zip(
+        *(torch.autograd.grad(output.loss, parameters) for output in (same, plain)), strict=True
+    ):
+        assert torch.equal(got, want)
 
 
 def test_student_alone_is_a_plain_checkpoint(tmp_path):

@@ -114,6 +114,38 @@ def test_explicit_losses_together():
     assert student.model.embed_tokens.weight.grad is not None
 
 
+def test_next_tokens_are_counted_as_the_loss_does():
+    distiller = Distiller(
+        causal_lm("llama"), causal_lm("qwen3"), output=LinearKLLoss(ce_weight=1.0)
+    )
+    batch, found = lm_batch("left"), []
+    batch["labels"][0, 3:5] = -100
+    distiller.output.register_forward_hook(lambda _, __, result: found.append(result.tokens))
+    distiller(**batch)
+    counts = distiller.counts(**batch)
+    assert counts["next_tokens"] == found[0]
+    # The model's own loss knows no mask, and the padding has no label.
+    assert counts["labels"] == (batch["labels"][:, 1:] != -100).sum()
+    del batch["labels"]
+    distiller.output.ce_weight = 0.0
+    distiller(**batch)
+    assert distiller.counts(**batch)["next_tokens"] == found[1] > found[0]
+
+
+def test_tied_weights_have_one_name_in_what_is_saved():
+    distiller, other = (
+        Distiller(causal_lm("llama"), causal_lm("qwen3"), output=LinearKLLoss()) for _ in range(2)
+    )
+    state = distiller.state_dict()
+    assert "student.model.embed_tokens.weight" in state
+    assert "student.lm_head.weight" not in state
+    with torch.no_grad():
+        other.student.lm_head.weight.zero_()
+    other.load_state_dict(state)
+    assert other.student.lm_head.weight is other.student.model.embed_tokens.weight
+    assert torch.equal(other.student.lm_head.weight, distiller.student.lm_head.weight)
+
+
 def test_an_output_loss_needs_a_teacher():
     with pytest.raises(ValueError, match="output must come with a teacher"):
         Distiller(None, causal_lm("llama"), output=LinearKLLoss())

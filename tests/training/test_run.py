@@ -1,0 +1,295 @@
+"""Whole trainings from settings: real files, real processes, killed and gone on with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from fakd.cli import app
+from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Texts of two classes, running text, and tiny teachers for both."""
+    folder = tmp_path_factory.mktemp("assets")
+    rows = [
+        f'{{"text": "{" ".join(f"w{(i * k) % 25 + 25 * (i % 2)}" for k in range(2, 4 + i % 7))}", '
+        f'"label": "{"ab"[i % 2]}"}}'
+        for i in range(120)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    text = " ".join(f"w{i * i % 43}" for i in range(1500))
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    teacher = tiny_model(layers=4, labels=2)
+    teacher.config.id2label, teacher.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    teacher.save_pretrained(folder / "encoder")
+    tiny_lm(layers=4).save_pretrained(folder / "lm")
+    for name in ("encoder", "lm"):
+        tiny_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def settings(assets, output, task="classification", *more):
+    """Arguments of `fakd train`."""
+    flags = ["--task", task, "--student", "2", "--steps", "8", "--output", output]
+    if task == "classification":
+        flags += ["--teacher", assets / "encoder", "--data", assets / "rows.jsonl"]
+        values = ["data.rows=6", "data.max_tokens=12", "distill.gamma=0.5", "distill.alpha=0.5"]
+        values.append("student.width=8")
+    else:
+        flags += ["--teacher", assets / "lm", "--data", assets / "text.txt"]
+        values = ["data.rows=4", "data.max_tokens=12", "distill.alpha=1", "distill.gamma=0.1"]
+    values += ["train.checkpoint_every=2", "train.log_every=2", "train.learning_rate=0.01", *more]
+    return [str(flag) for flag in flags] + [part for value in values for part in ("-s", value)]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(assets, tmp_path_factory):
+    """Output folders of both tasks, trained without a stop."""
+    folders = {}
+    for task in ("classification", "causal_lm"):
+        folders[task] = tmp_path_factory.mktemp("runs") / task
+        result = invoke("train", *settings(assets, folders[task], task))
+        assert result.exit_code == 0, result.output
+    return folders
+
+
+def weights(folder):
+    return load_file(folder / "student" / "model.safetensors")
+
+
+def assert_same_weights(folder, other):
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_a_run_keeps_everything(assets, finished, task):
+    folder = finished[task]
+    results = json.loads((folder / "results.json").read_text())
+    metric = "accuracy" if task == "classification" else "perplexity"
+    assert metric in results["teacher"]
+    assert metric in results["student"]
+    assert results["steps"] == 8
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4, 6, 8]
+    terms = ("task", "soft", "cosine", "euclidean", "attention")
+    assert all(f"weighted_{term}" in log[-1] and term in log[-1] for term in terms)
+    assert "gamma: " in (folder / "config.yaml").read_text()
+    auto = AutoModelForCausalLM if task == "causal_lm" else AutoModelForSequenceClassification
+    student, found = auto.from_pretrained(folder / "student", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert student.config.num_hidden_layers == 2
+    assert AutoModel.from_pretrained(folder / "student").config.hidden_size in (8, 16)
+    saved = load_file(next((folder / "checkpoints").glob("step-*")) / "model.safetensors")
+    assert not any("teacher" in name for name in saved)
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_eval_gives_the_scores_of_the_training(finished, task):
+    results = json.loads((finished[task] / "results.json").read_text())
+    result = invoke("eval", finished[task])
+    assert result.exit_code == 0, result.output
+    for name, value in results["student"].items():
+        text = f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
+        assert f"{name} {text}" in result.output
+
+
+def test_eval_scores_any_model(assets):
+    flags = ["--task", "classification", "--data", assets / "rows.jsonl"]
+    result = invoke("eval", assets / "encoder", *flags, "-s", "data.max_tokens=12")
+    assert result.exit_code == 0, result.output
+    assert "accuracy 0." in result.output
+
+
+def test_the_same_command_again_changes_nothing(assets, finished, tmp_path):
+    folder = finished["classification"]
+    before = weights(folder)
+    result = invoke("train", *settings(assets, folder))
+    assert result.exit_code == 0, result.output
+    after = weights(folder)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+# Where a process dies: before the n-th call of a function, or after half a file was written.
+KILLED = """
+import os, signal, sys
+import torch
+from pathlib import Path
+from fakd import checkpoint, run
+from fakd.cli import app
+
+def die(*_arguments, **_options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def on_call(owner, name, count):
+    original, calls = getattr(owner, name), [0]
+    def wrapper(*arguments, **options):
+        calls[0] += 1
+        if calls[0] == count:
+            die()
+        return original(*arguments, **options)
+    setattr(owner, name, wrapper)
+
+def half_a_file(tensors, path):
+    write(tensors, path)
+    if "00000004" in str(path) and "optimizer" in str(path):
+        os.truncate(path, os.path.getsize(path) // 2)
+        die()
+
+write = checkpoint.save_file
+point = sys.argv.pop(1)
+if point == "step": on_call(torch.optim.AdamW, "step", 6)
+elif point == "first step": on_call(torch.optim.AdamW, "step", 1)
+elif point == "inside a save": checkpoint.save_file = half_a_file
+elif point == "before the rename": on_call(checkpoint, "sync_folder", 2)
+elif point == "inside the pruning": on_call(checkpoint.shutil, "rmtree", 6)
+elif point == "at the end": on_call(run, "sync_folder", 1)
+app(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "point"),
+    [
+        ("classification", "first step"),
+        ("classification", "step"),
+        ("classification", "before the rename"),
+        ("causal_lm", "inside a save"),
+        ("causal_lm", "inside the pruning"),
+        ("causal_lm", "at the end"),
+    ],
+)
+def test_killed_at_any_point_the_same_command_ends_in_the_same_weights(
+    assets, finished, tmp_path, task, point
+):
+    arguments = settings(assets, tmp_path / "run", task)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, point, "train", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "run" / "results.json").exists()
+    result = invoke("train", *arguments)
+    assert result.exit_code == 0, result.output
+    assert_same_weights(tmp_path / "run", finished[task])
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [2, 4, 6, 8]
+
+
+def test_a_truncated_checkpoint_is_refused_by_name_and_the_run_goes_on(assets, finished, tmp_path):
+    arguments = settings(assets, tmp_path / "run", "classification", "train.keep=4")
+    assert invoke("train", *arguments).exit_code == 0
+    last = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    os.truncate(last / "model.safetensors", 100)
+    result = invoke("train", *arguments)
+    assert result.exit_code == 0, result.output
+    assert f"refused: checkpoint {last.name}" in result.output.replace("\n", " ")
+    assert_same_weights(tmp_path / "run", finished["classification"])
+
+
+def test_report_compares_runs(assets, finished, tmp_path):
+    other = tmp_path / "other"
+    more = "distill.beta=0.5"
+    assert invoke("train", *settings(assets, other, "classification", more)).exit_code == 0
+    page = tmp_path / "page.html"
+    result = invoke("report", finished["classification"], other, "--output", page)
+    assert result.exit_code == 0, result.output
+    text = page.read_text()
+    assert "distill.beta: 0.5, was 1.0" in text
+    assert text.count("<svg") == 1
+    for name in ("student, classification", "student, other", "attention", "accuracy"):
+        assert name in text
+
+
+def test_accumulation_takes_the_same_steps(assets, finished, tmp_path):
+    arguments = settings(assets, tmp_path / "run", "causal_lm", "train.accumulation=2")
+    result = invoke("train", *arguments)
+    assert result.exit_code == 0, result.output
+    ours, theirs = weights(tmp_path / "run"), weights(finished["causal_lm"])
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_dry_run_prints_all_settings_and_trains_nothing(assets, tmp_path):
+    result = invoke("train", *settings(assets, tmp_path / "run"), "--dry")
+    assert result.exit_code == 0
+    assert "learning_rate: 0.01" in result.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("train.lerning_rate=1", "did you mean train.learning_rate?"),
+        ("distill.mapping=[[1, 9]]", "layer"),
+        ("student.width=7", "width"),
+        ("data.text=txet", "did you mean"),
+        ("data.max_tokens=4000", "data.max_tokens must be at most"),
+        ("teacher=/nowhere/model", "teacher must be"),
+        ("train.trackers=[nonsense]", "train.trackers must be"),
+        ("train.accumulation=7", "data.rows must be at least"),
+    ],
+)
+def test_errors_are_one_message_with_code_2_and_nothing_is_trained(assets, tmp_path, more, message):
+    result = invoke("train", *settings(assets, tmp_path / "run", "classification", more))
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_resume_with_other_settings_says_what_changed(assets, finished):
+    folder = finished["classification"]
+    result = invoke("train", *settings(assets, folder, "classification", "distill.beta=2"))
+    assert result.exit_code == 2
+    assert "distill.beta: 2.0, was 1.0" in " ".join(result.output.split())
+
+
+def test_how_it_is_watched_may_change(assets, finished):
+    folder = finished["classification"]
+    result = invoke("train", *settings(assets, folder, "classification", "train.log_every=4"))
+    assert result.exit_code == 0, result.output
+
+
+def test_an_output_that_cannot_be_written_is_an_error_before_any_work(assets, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = invoke("train", *settings(assets, tmp_path / "file" / "run"))
+    assert result.exit_code == 2, result.output
+    assert "error:" in result.output
+
+
+def test_doctor_says_what_is_there():
+    result = invoke("doctor")
+    assert result.exit_code == 0, result.output
+    for text in ("reference", "cpu", "triton", "transformers", "accelerator:"):
+        assert text in result.output

@@ -1,0 +1,165 @@
+"""A stored teacher teaches what the teacher itself does, and no other training."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from fakd.cli import app
+from fakd.config_file import load_config
+from fakd.data import collate, prepare
+from fakd.teacher_cache import TeacherCache
+from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Settings of both tasks: texts, and a tiny teacher for each."""
+    folder = tmp_path_factory.mktemp("assets")
+    texts = [" ".join(f"w{(i * k) % 43}" for k in range(2, 5 + i % 7)) for i in range(90)]
+    rows = [json.dumps({"text": t, "label": "ab"[i % 2]}) for i, t in enumerate(texts)]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    (folder / "text.txt").write_text(" ".join(texts), encoding="utf-8")
+    teacher = tiny_model(layers=4, labels=2)
+    teacher.config.id2label, teacher.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
+    teacher.save_pretrained(folder / "classification")
+    tiny_lm(layers=4).save_pretrained(folder / "causal_lm")
+    for task in ("classification", "causal_lm"):
+        tiny_tokenizer().save_pretrained(folder / task)
+        source = "rows.jsonl" if task == "classification" else "text.txt"
+        lines = [
+            f"task: {task}",
+            f"teacher: {folder / task}",
+            "student: {layers: 2}",
+            f"data: {{source: {folder / source}, max_tokens: 12, rows: 4}}",
+            "steps: 6",
+            "output: none",
+            "distill: {alpha: 1, temperature: 2, beta: 0, delta: 0, top_k: 5}",
+            "train: {learning_rate: 0.01}",
+        ]
+        (folder / f"{task}.yaml").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run(command, assets, task, *values):
+    settings = [part for value in values for part in ("-s", value)]
+    result = invoke(command, assets / f"{task}.yaml", *settings)
+    return result, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def caches(assets, tmp_path_factory):
+    folders = {}
+    for task in ("classification", "causal_lm"):
+        folders[task] = tmp_path_factory.mktemp("caches") / task
+        result, shown = run("cache-teacher", assets, task, f"teacher_cache={folders[task]}")
+        assert result.exit_code == 0, shown
+        assert "will hold 0.0 MB" in shown
+    return folders
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_training_from_the_cache_is_training_with_the_teacher(assets, caches, tmp_path, task):
+    online, offline = tmp_path / "online", tmp_path / "offline"
+    result, shown = run("train", assets, task, f"output={online}")
+    assert result.exit_code == 0, shown
+    values = [f"output={offline}", f"teacher_cache={caches[task]}"]
+    result, shown = run("train", assets, task, *values)
+    assert result.exit_code == 0, shown
+    ours, theirs = (load_file(f / "student" / "model.safetensors") for f in (offline, online))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    logs = [
+        [json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()]
+        for f in (offline, online)
+    ]
+    assert logs[0][-1]["soft"] == pytest.approx(logs[1][-1]["soft"], rel=1e-3)
+    assert logs[0][-1]["soft"] > 0
+    results = [json.loads((f / "results.json").read_text()) for f in (offline, online)]
+    assert results[0]["teacher"] == results[1]["teacher"]
+
+
+def test_entries_are_the_teachers_own(assets, caches):
+    cache = TeacherCache(caches["classification"])
+    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "classification").eval()
+    prepared = prepare(
+        load_config(assets / "classification.yaml").data, "classification", tiny_tokenizer()
+    )
+    assert cache.identity.rows == len(prepared.train)
+    batch = collate(tiny_tokenizer(), "classification")([prepared.train[3]])
+    with torch.no_grad():
+        logits = teacher(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+    torch.testing.assert_close(cache[3]["teacher_logits"], logits)
+    tokens = TeacherCache(caches["causal_lm"])[1]
+    assert tokens["teacher_indices"].shape == tokens["teacher_logprobs"].shape == (12, 5)
+    assert (tokens["teacher_logprobs"].exp().sum(1) <= 1 + 1e-5).all()
+    assert (tokens["teacher_logprobs"].diff(dim=1) <= 0).all()
+
+
+def test_a_cache_that_was_interrupted_goes_on(assets, caches, tmp_path):
+    """A shard that is there is not computed again; half of one is."""
+    folder = tmp_path / "cache"
+    run("cache-teacher", assets, "causal_lm", f"teacher_cache={folder}")
+    shard = folder / "rows-00000.safetensors"
+    before, written = load_file(shard), shard.stat().st_mtime_ns
+    (folder / "manifest.json").unlink()
+    run("cache-teacher", assets, "causal_lm", f"teacher_cache={folder}")
+    assert shard.stat().st_mtime_ns == written
+    shard.rename(folder / "rows-00000.part")
+    run("cache-teacher", assets, "causal_lm", f"teacher_cache={folder}")
+    after = load_file(shard)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert not (folder / "rows-00000.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["distill.top_k=6"], "top_k: 6, was 5"),
+        (["data.max_tokens=8"], "data: "),
+        (["distill.beta=1"], "distill must learn from predictions alone"),
+        (["distill.top_k=null"], "distill.top_k must be given"),
+    ],
+)
+def test_another_training_is_refused(assets, caches, tmp_path, values, message):
+    more = [f"output={tmp_path / 'run'}", f"teacher_cache={caches['causal_lm']}"]
+    result, shown = run("train", assets, "causal_lm", *more, *values)
+    assert result.exit_code == 2, shown
+    assert message in shown
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_damaged_cache_is_refused(assets, caches, tmp_path):
+    folder = tmp_path / "cache"
+    run("cache-teacher", assets, "causal_lm", f"teacher_cache={folder}")
+    shard = folder / "rows-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"abcd")
+    more = [f"output={tmp_path / 'run'}", f"teacher_cache={folder}"]
+    result, shown = run("train", assets, "causal_lm", *more)
+    assert result.exit_code == 2
+    assert "teacher_cache must have rows-00000.safetensors as it was written" in shown
+    result, shown = run("train", assets, "causal_lm", more[0], f"teacher_cache={tmp_path}")
+    assert result.exit_code == 2
+    assert "teacher_cache must be a folder that fakd cache-teacher wrote" in shown
+
+
+def test_the_folder_must_be_named(assets):
+    result, shown = run("cache-teacher", assets, "causal_lm")
+    assert result.exit_code == 2
+    assert "teacher_cache must name the folder to write" in shown
