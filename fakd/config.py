@@ -1,8 +1,11 @@
 """Settings as frozen dataclasses: each field is one sentence with its unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+# Weights that may follow a schedule.
+SCHEDULED = ("task_weight", "alpha", "beta", "gamma", "delta")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,19 @@ class DistillConfig:
     # Which heads are compared: "match", "mean", "auto" (match where the counts are equal), or a
     # list with the teacher head of each student head.
     heads: str | Sequence[int] = "auto"
+    # How some of these weights change, by name: "constant", "fall" (linearly to 0 over the
+    # training) or "rise" (linearly from 0).
+    schedules: Mapping[str, str] = field(default_factory=dict)
+    # Whether each term is divided by its running mean, so that weights say what terms are worth
+    # beside each other, whatever their units.
+    balance: bool = False
+    # Whether the weights of the cosine and of the Euclidean term are learned (arXiv 1705.07115).
+    learn_weights: bool = False
+
+    def __post_init__(self) -> None:
+        for name, schedule in self.schedules.items():
+            check_one_of("the names in schedules", name, SCHEDULED)
+            check_one_of(f"schedules.{name}", schedule, ("constant", "fall", "rise"))
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from .losses import (
 from .mapping import attention_pairs, layer_pairs
 from .outputs import compare_outputs, take_stored
 from .terms import build_losses, teaches
+from .weighting import Weighting
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Distiller(nn.Module):
             `top_k` likeliest next tokens. The latter two also without a teacher, from what the
             batches hold of it: "teacher_logits", or "teacher_indices" and "teacher_logprobs".
         top_k: of a `TopKKLLoss` with a teacher.
+        weighting: weights that change from step to step; None leaves them as they are.
         task_weight: weight of L_task, >= 0.
         teacher_path: where the teacher's list of blocks is, if it cannot be found.
         student_path: likewise.
@@ -97,6 +99,7 @@ class Distiller(nn.Module):
         attention_mapping: str | Sequence[tuple[int, int]] | None = None,
         output: LinearKLLoss | LogitKLLoss | TopKKLLoss | None = None,
         top_k: int = 64,
+        weighting: Weighting | None = None,
         task_weight: float = 1.0,
         teacher_path: str | None = None,
         student_path: str | None = None,
@@ -122,6 +125,7 @@ class Distiller(nn.Module):
         self._teacher = (teacher,)
         self.block_paths = (student_path, teacher_path)
         self.top_k = top_k
+        self.weighting = weighting or Weighting()
         if isinstance(output, LinearKLLoss | TopKKLLoss):
             for model in (student, teacher):
                 if model is not None:
@@ -158,14 +162,16 @@ class Distiller(nn.Module):
         cls, teacher: nn.Module | None, student: nn.Module, config: DistillConfig
     ) -> "Distiller":
         """Build the losses that `config` names; without a teacher, those of labels alone."""
+        weighting = Weighting(config.schedules, config.balance)
         if teacher is None or not teaches(config):
-            return cls(None, student, task_weight=config.task_weight)
+            return cls(None, student, task_weight=config.task_weight, weighting=weighting)
         return cls(
             teacher,
             student,
             **build_losses(config, teacher, student),
             attention_mapping=config.attention_mapping,
             top_k=config.top_k or 0,
+            weighting=weighting,
             task_weight=config.task_weight,
         )
 

@@ -34,6 +34,7 @@ from .teacher_cache import (
 )
 from .terms import build_output
 from .train import LogLine, train
+from .weighting import Weighting
 
 CONFIG, LOG, RESULTS = "config.yaml", "log.jsonl", "results.json"
 STUDENT, CHECKPOINTS, TRACKED = "student", "checkpoints", "tracked"
@@ -300,6 +301,7 @@ def _make_distiller(config: RunConfig, parts: Parts) -> Distiller:
         None,
         parts.student,
         output=build_output(config.distill, parts.student),
+        weighting=Weighting(config.distill.schedules, config.distill.balance),
         task_weight=config.distill.task_weight,
     )
 

@@ -35,6 +35,7 @@ def build_losses(config: DistillConfig, teacher: nn.Module, student: nn.Module) 
             cosine_weight=config.beta,
             euclidean_weight=config.delta,
             euclidean=config.euclidean,
+            learn_weights=config.learn_weights,
         )
     if config.gamma != 0:
         count = len(attention_pairs(config.attention_mapping, pairs, *layers))

@@ -109,6 +109,7 @@ def train(
     with TrainLog(accelerator, config.log_every, steps, done, log_path, console, title) as log:
         for step in range(done + 1, steps + 1):
             model.train()
+            distiller.weighting.begin(distiller, done=(step - 0.5) / steps)
             micro_batches = list(islice(stream, config.accumulation))
             # Dropout depends on the step alone: a training that goes on needs no state of
             # generators, whatever else drew numbers before.
@@ -124,6 +125,7 @@ def train(
             # Reads one number from the device in every step: the price of never having to go back.
             if not torch.isfinite(means["loss"]):
                 stop_all(accelerator, step, terms, micro_batches, log_path)
+            distiller.weighting.end(means)
             accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()

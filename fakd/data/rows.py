@@ -42,21 +42,20 @@ def read_rows(config: DataConfig, task: str) -> Rows:
     texts = _text_columns(source, config)
     for rows in splits.values():
         for setting, column in texts.items():
-            _check_text(rows, column, setting)
+            check_column(rows, column, setting)
         if task == "classification":
             check_column(rows, config.label, "data.label")
     columns = list(texts.values())
     needed = [*columns, config.label] if task == "classification" else columns
     whole = {split: _without_blanks(rows, needed) for split, rows in splits.items()}
     dropped = sum(map(len, splits.values())) - sum(map(len, whole.values()))
+    _check_rows(source.name, whole, needed)
+    for rows in whole.values():
+        for setting, column in texts.items():
+            _check_text(rows, column, setting)
     if task == "classification" and "test" not in whole:
         whole |= _hold_out(whole["train"], columns)
-    for split, rows in whole.items():
-        if len(rows) == 0:
-            raise ValueError(
-                f"{source.name} must have rows to {'train on' if split == 'train' else 'score'}: "
-                f"got none with {' and '.join(needed)} in {split!r}; pass more data."
-            )
+        _check_rows(source.name, whole, needed)
     return Rows(source.name, whole, columns, source.metrics, dropped)
 
 
@@ -89,11 +88,18 @@ def _text_columns(source: Source, config: DataConfig) -> dict[str, str]:
     return {"data.text": text} | ({} if pair is None else {"data.text_pair": pair})
 
 
+def _check_rows(name: str, splits: dict[str, Dataset], needed: Sequence[str]) -> None:
+    for split, rows in splits.items():
+        if len(rows) == 0:
+            raise ValueError(
+                f"{name} must have rows to {'train on' if split == 'train' else 'score'}: "
+                f"got none with {' and '.join(needed)} in {split!r}; pass more data."
+            )
+
+
 def _check_text(rows: Dataset, column: str, setting: str) -> None:
-    check_column(rows, column, setting)
     feature = rows.features[column]
-    # A column of blanks alone has the type null.
-    if getattr(feature, "dtype", None) not in ("string", "large_string", "null"):
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise ValueError(
             f"{setting} must be a column of text: got {column!r} of {feature}; choose another."
         )

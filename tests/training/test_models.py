@@ -115,7 +115,7 @@ def test_models_that_are_not_there(task, tmp_path):
         models.make_student(run_config(None, task, path="no/such-model"), None, LABELS)
     with pytest.raises(FileNotFoundError, match=r"student\.config must be a config in a folder"):
         models.make_student(run_config(None, task, config="no/such-model"), None, LABELS)
-    with pytest.raises(FileNotFoundError, match="model must be a tokenizer in a folder"):
+    with pytest.raises(FileNotFoundError, match="model must be a model with a tokenizer"):
         models.load_tokenizer("no/such-model")
 
 
