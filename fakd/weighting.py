@@ -38,14 +38,14 @@ class Weighting(nn.Module):
         is_balanced: see above.
     """
 
-    means: Tensor
+    means: Tensor | None
 
     def __init__(self, schedules: Mapping[str, str] | None = None, is_balanced: bool = False):
         super().__init__()
         self.schedules = dict(schedules or {})
         self.is_balanced = is_balanced
         # Of each term, in the order of WEIGHTS; 0: none was seen.
-        self.register_buffer("means", torch.zeros(len(WEIGHTS)), persistent=is_balanced)
+        self.register_buffer("means", torch.zeros(len(WEIGHTS)) if is_balanced else None)
         self._configured: dict[str, float] = {}
 
     def begin(self, distiller: nn.Module, done: float) -> None:
