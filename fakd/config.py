@@ -194,6 +194,12 @@ class RunConfig:
                 f"{self.epochs}; keep one."
             )
         check_positive("steps" if self.epochs is None else "epochs", self.steps or self.epochs)
+        if self.data.layout == "packed" and (self.task != "causal_lm" or self.distill.gamma > 0):
+            raise ValueError(
+                "data.layout must be 'blocks' for classification, and where attention is aligned "
+                f"(distill.gamma > 0): got 'packed' for {self.task} with gamma "
+                f"{self.distill.gamma:g}; change one of them."
+            )
         if self.teacher_cache is not None:
             _check_cached(self)
         if self.teacher is None and self.student.layers is not None:

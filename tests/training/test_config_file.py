@@ -101,6 +101,7 @@ def test_differences_are_named(file):
         ("steps=[1", "steps must be YAML: got .*line"),
         ("data=r8", "data: .*got 'r8'"),
         ("data.rows=0", "data.rows must be > 0: got 0"),
+        ("data.layout=packed", "data.layout must be 'blocks' for classification"),
     ],
 )
 def test_wrong_settings_are_named(file, setting, message):

@@ -4,11 +4,13 @@ import pytest
 
 from fakd import data
 from tests.support.models import tiny_tokenizer
-from tests.support.sources import caches, prepare, write
-from tests.support.texts import is_installed, words
+from tests.support.sources import own_caches, prepare, write
+from tests.support.texts import words
 
-LM_SETS = ("sotu", "shakespeare")
-pytestmark = pytest.mark.usefixtures("caches")
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path, monkeypatch):
+    own_caches(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -73,7 +75,6 @@ def test_settings_that_language_models_do_not_have(texts, options):
         prepare(texts, "causal_lm", **options)
 
 
-@pytest.mark.skipif(not is_installed(*LM_SETS), reason="a package of data is absent")
 def test_speeches(monkeypatch):
     corpus = data.Corpus(
         "speeches", [words(60, 3)], {"late": [words(30, 3)], "plays": [words(30, 7)]}

@@ -6,10 +6,13 @@ import pytest
 
 from fakd import data
 from tests.support.models import tiny_tokenizer
-from tests.support.sources import caches, prepare, some_rows, write
+from tests.support.sources import own_caches, prepare, some_rows, write
 from tests.support.texts import is_installed
 
-pytestmark = pytest.mark.usefixtures("caches")
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path, monkeypatch):
+    own_caches(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])

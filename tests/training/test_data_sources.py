@@ -5,9 +5,12 @@ from datasets import ClassLabel
 
 from fakd import data
 from tests.support.models import tiny_tokenizer
-from tests.support.sources import caches, on_the_hub, prepare, some_rows, write
+from tests.support.sources import on_the_hub, own_caches, prepare, some_rows, write
 
-pytestmark = pytest.mark.usefixtures("caches")
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path, monkeypatch):
+    own_caches(tmp_path, monkeypatch)
 
 
 GLUE = {

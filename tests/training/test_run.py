@@ -240,6 +240,14 @@ def test_accumulation_takes_the_same_steps(assets, finished, tmp_path):
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4)
 
 
+def test_packed_texts_are_trained_on(assets, tmp_path):
+    values = ["data.layout=packed", "distill.gamma=0"]
+    result = invoke("train", *settings(assets, tmp_path / "run", "causal_lm", *values))
+    assert result.exit_code == 0, result.output
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(log[-1])["soft"] > 0
+
+
 def test_a_dry_run_prints_all_settings_and_trains_nothing(assets, tmp_path):
     result = invoke("train", *settings(assets, tmp_path / "run"), "--dry")
     assert result.exit_code == 0
