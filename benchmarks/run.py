@@ -17,6 +17,7 @@ OPS = {
     "attention_kl": "bench_attention_kl",
     "linear_kl": "bench_linear_kl",
     "logit_kl": "bench_logit_kl",
+    "train_step": "bench_train_step",
 }
 
 

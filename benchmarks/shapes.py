@@ -169,6 +169,32 @@ LOGIT_SHAPES = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class StepShape:
+    """A student and its teacher, in this order, and a batch of B texts of T tokens."""
+
+    batch: int
+    tokens: int
+    layers: tuple[int, int]
+    widths: tuple[int, int]
+    heads: tuple[int, int]
+    intermediate: tuple[int, int]
+    vocabulary: int
+    key_heads: int | None = None  # of both, for decoders; None: encoders
+
+
+STEP_SHAPES = {
+    # TinyBERT's four layers under BERT-base, as a classifier.
+    "BERT-base to 4 x 312, B8 T128": StepShape(
+        8, 128, (4, 12), (312, 768), (12, 12), (1200, 3072), 30522
+    ),
+    # SmolLM2-135M to 8 of its blocks.
+    "SmolLM2-135M to 8 blocks, B2 T512": StepShape(
+        2, 512, (8, 30), (576, 576), (9, 9), (1536, 1536), 49152, key_heads=3
+    ),
+}
+
 FEATURE_SHAPES = {
     # 12 layers of BERT-base against a copy of its width: 32 sequences of 128 tokens.
     "12 x 4096 x 768, no projection": FeatureShape(

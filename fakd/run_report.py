@@ -3,7 +3,9 @@
 import dataclasses
 import html
 import json
+import math
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from .run import CONFIG, LOG, RESULTS, STUDENT, RunResults
 from .train_log import LogLine
 
 _WEIGHTED = "weighted_"
+_COLUMNS = 3  # of drawings beside each other
 
 
 @dataclass(frozen=True)
@@ -125,16 +128,23 @@ def _draw_curves(runs: list[Run]) -> str:
         for name in dict.fromkeys(name for run in runs for name in run.log[-1])
         if name.startswith(_WEIGHTED)
     ]
-    size = (4.2 * len(terms), 3.4)
-    figure, axes = plt.subplots(1, len(terms), figsize=size, layout="constrained", squeeze=False)
-    for axis, term in zip(axes[0], terms, strict=True):
-        for run in runs:
+    rows = math.ceil(len(terms) / _COLUMNS)
+    size = (3.6 * _COLUMNS, 2.8 * rows + 0.4)
+    figure, grid = plt.subplots(rows, _COLUMNS, figsize=size, layout="constrained", squeeze=False)
+    for axis, term in zip_longest(grid.flat, terms):
+        if term is None:
+            axis.axis("off")
+            continue
+        for index, run in enumerate(runs):
             drawn = [(line["step"], line[term]) for line in run.log if term in line]
             if drawn:
-                axis.plot(*zip(*drawn, strict=True), label=run.name)
+                axis.plot(*zip(*drawn, strict=True), color=f"C{index}")
         axis.set(title=term, xlabel="step", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(frameon=False, fontsize="small")
+    lines = [
+        plt.Line2D([], [], color=f"C{index}", label=run.name) for index, run in enumerate(runs)
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=_COLUMNS, frameon=False)
     return svg(figure)
 
 
