@@ -2,7 +2,6 @@
 
 import importlib.util
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .batch import argument_names
-from .data.labelled import IGNORED_LABEL
 from .data.places import cache_folder, package_file
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,30 +107,23 @@ def perplexity(model: nn.Module, blocks: Tensor, rows: int = 4) -> float:
 
 
 @torch.no_grad()
-def score_batches(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[float, int]:
-    """Cross-entropy of next tokens in eval mode, summed, and over how many tokens.
+def check_causal(model: nn.Module) -> None:
+    """Check that no token of a model sees those behind it, on two texts that differ in the last.
 
-    Args:
-        model: a causal language model of Hugging Face.
-        batches: what `fakd.data.collate` makes of blocks: labels of -100 count nowhere.
-
-    Returns:
-        The sum, in nats, and the count; `fakd.metrics.perplexity` takes both.
+    Raises:
+        ValueError: an encoder with a language model's head.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    total, tokens = 0.0, 0
-    for batch in batches:
-        inputs = {name: entry.to(device) for name, entry in batch.items()}
-        labels = inputs.pop("labels")[:, 1:]
-        # A cache would keep transformers from telling packed documents apart.
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        each = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-        total += each.sum(dtype=torch.float64).item()
-        tokens += int((labels != IGNORED_LABEL).sum())
+    ids = torch.tensor([[3, 4], [3, 5]], device=next(model.parameters()).device)
+    options = {"use_cache": False} if "use_cache" in argument_names(model) else {}
+    first = model(input_ids=ids, **options).logits[:, 0]
     model.train(was_training)
-    return total, tokens
+    if (first[0] - first[1]).abs().max() > 1e-4 * first.abs().max():
+        raise ValueError(
+            f"task must be classification for a model whose tokens see those behind them: got "
+            f"causal_lm for {type(model).__name__}; change it, or take a decoder."
+        )
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from .distiller import Distiller
 from .distribute import join, unsharded
 from .evaluate import evaluate
 from .files import sync_folder, write_whole
-from .language_models import check_packing
+from .language_models import check_causal, check_packing
 from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
 from .teacher_cache import (
     Identity,
@@ -187,6 +187,8 @@ def build(config: RunConfig) -> Parts:
             continue
         check_length(config.data, model, name)
         check_vocabulary(tokenizer, model, name)
+        if config.task == "causal_lm":
+            check_causal(model)
         if config.data.layout == "packed":
             check_packing(model)
         if model.config.pad_token_id is None:

@@ -1,13 +1,18 @@
 """Causal language models: perplexity, packed documents, folders that appear whole."""
 
+import math
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel
 
-from fakd import data, language_models, metrics
+from fakd import data, language_models
 from fakd.cutting import cut, kept_blocks
 from fakd.data.texts import load_speeches
-from tests.support.models import tiny_lm, tiny_tokenizer
+from fakd.distribute import join
+from fakd.evaluate import evaluate
+from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
 from tests.support.texts import is_installed, tiny_blocks
 
 
@@ -54,7 +59,7 @@ def test_absent_gguf_says_what_to_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["blocks", "packed"])
-def test_scored_batches_are_the_models_own_losses(layout):
+def test_perplexity_is_of_the_models_own_losses(layout):
     model = tiny_lm().train()
     ids = tiny_blocks(6).tolist()
     if layout == "packed":
@@ -62,18 +67,26 @@ def test_scored_batches_are_the_models_own_losses(layout):
         rows = [{"input_ids": i, "position_ids": p} for i, p in zip(*packed.values(), strict=True)]
     else:
         rows = [{"input_ids": row} for row in ids]
-    batches = [data.collate(tiny_tokenizer(), "causal_lm")(part) for part in (rows[:2], rows[2:])]
-    total, tokens = language_models.score_batches(model, batches)
+    held_out = Dataset.from_list(rows)
+    prepared = data.Prepared("texts", None, held_out, held_out, ("perplexity",), "")
+    scores = evaluate(model, prepared, tiny_tokenizer(), accelerator=join(), rows=8)
     assert model.training
     model.eval()
     expected, count = 0.0, 0
-    for batch in batches:
+    for row in rows:
+        batch = data.collate(tiny_tokenizer(), "causal_lm")([row])
         counted = int((batch["labels"][:, 1:] != -100).sum())
         expected += model(**batch, use_cache=False).loss.item() * counted
         count += counted
-    assert tokens == count
-    assert total == pytest.approx(expected, rel=1e-5)
-    assert metrics.perplexity(total, tokens) == pytest.approx(2.718281828 ** (total / tokens))
+    assert scores == {"perplexity": pytest.approx(math.exp(expected / count), rel=1e-5)}
+
+
+def test_models_that_see_what_follows_are_refused():
+    for family in ("llama", "gpt2"):
+        language_models.check_causal(tiny_lm(family))
+    encoder = BertLMHeadModel(tiny_model().config)
+    with pytest.raises(ValueError, match=r"task must be classification .* BertLMHeadModel"):
+        language_models.check_causal(encoder)
 
 
 def test_models_that_do_not_keep_documents_apart_are_refused():
