@@ -222,7 +222,7 @@ def check_output(config: RunConfig) -> None:
     """Check that the output folder can be written, and holds this training or none.
 
     Raises:
-        ConfigError: it holds another; the message says what differs. OSError: it cannot be written.
+        ConfigError: it holds another (the message says what differs), or cannot be written.
     """
     known = config.output / CONFIG
     if known.is_file():
@@ -234,10 +234,16 @@ def check_output(config: RunConfig) -> None:
                 f"{config.output}, where these differ: {'; '.join(changed)}; change them back to "
                 "go on, or choose another output."
             )
-    config.output.mkdir(parents=True, exist_ok=True)
     probe = config.output / f".probe-{os.getpid()}"
-    probe.write_text("", encoding="utf-8")
-    probe.unlink()
+    try:
+        config.output.mkdir(parents=True, exist_ok=True)
+        probe.write_text("", encoding="utf-8")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"output must be a folder that can be written: got {config.output} "
+            f"({error.strerror}); choose another."
+        ) from None
 
 
 def identity(config: RunConfig, prepared: Prepared) -> str:

@@ -293,7 +293,7 @@ def test_an_output_that_cannot_be_written_is_an_error_before_any_work(assets, tm
     (tmp_path / "file").write_text("")
     result = invoke("train", *settings(assets, tmp_path / "file" / "run"))
     assert result.exit_code == 2, result.output
-    assert "error:" in result.output
+    assert "output must be a folder that can be written" in " ".join(result.output.split())
 
 
 def test_doctor_says_what_is_there():
