@@ -159,8 +159,12 @@ def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor,
 def refusals(problem) -> _engines.Refusals:
     """Why each engine cannot serve a call, None where it can."""
     coefficients = problem.terms.coefficients
-    is_double = coefficients.dtype == torch.float64
-    return {"reference": None, "cpu": _engines.cpu_refusal(coefficients.device, is_double)}
+    place = coefficients.device, coefficients.dtype == torch.float64
+    return {
+        "reference": None,
+        "cpu": _engines.cpu_refusal(*place),
+        "triton": _engines.triton_refusal(*place),
+    }
 
 
 def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ... import _engines, _outputs, _pairs
-from . import cpu, reference
+from . import cpu, reference, triton_kernel
 from .problem import Problem
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill}
+FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
 
 
 def resolve(

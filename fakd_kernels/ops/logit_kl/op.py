@@ -85,7 +85,7 @@ def logit_kl(
             min(V_S, V_T) entries exist, in both terms and on both sides.
         normalizer: what both weighted sums over tokens are divided by, > 0; default the sum of row
             weights (`.tokens`). Pass the global count for accumulation or data parallelism.
-        engine: None, or "reference" | "cpu" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
 
     Returns:
         `LogitKL`: loss []; kl [] and ce [], the weighted means without any factor (ce is 0 without
@@ -96,7 +96,8 @@ def logit_kl(
 
     Raises:
         ValueError: shapes, ranges, devices; on a CPU also labels outside the vocabulary and weights
-            below 0 (on a GPU the check would stall the stream). TypeError: dtypes or types.
+            below 0. On a GPU that check would stall the stream: there the Triton engine makes the
+            cross-entropy of such a label NaN. TypeError: dtypes or types.
         RuntimeError: a forced engine cannot serve; a second derivative is asked for.
 
     Numerics:

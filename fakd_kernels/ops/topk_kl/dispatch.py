@@ -3,10 +3,10 @@
 from torch import Tensor
 
 from ... import _engines, _outputs, _pairs
-from . import cpu, reference
+from . import cpu, reference, triton_kernel
 from .problem import Problem
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill}
+FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
 
 
 def resolve(
@@ -44,14 +44,23 @@ def resolve(
         per_token=coefficients.new_zeros(hidden.shape[0], 2),
         block_bytes=block_bytes,
     )
-    chosen = _engines.choose("topk_kl", hidden.device, _outputs.refusals(problem), engine)
+    chosen = _engines.choose("topk_kl", hidden.device, refusals(problem), engine)
     return problem, chosen, _pairs.present(grads)
+
+
+def refusals(problem: Problem) -> _engines.Refusals:
+    """Why each engine cannot serve this call, None where it can."""
+    reasons, entries = _outputs.refusals(problem), problem.indices.shape[1]
+    if reasons["triton"] is None and entries > triton_kernel.MOST_ENTRIES:
+        most = triton_kernel.MOST_ENTRIES
+        reasons["triton"] = f"it serves up to {most} entries per token: got {entries}"
+    return reasons
 
 
 def explain(*lowered) -> str:
     """The engine, the reasons against the others, and the sizes, in words."""
     problem, chosen, _ = resolve(*lowered)
-    lines = _engines.describe("topk_kl", chosen, _outputs.refusals(problem))
+    lines = _engines.describe("topk_kl", chosen, refusals(problem))
     tokens, width = problem.hidden.shape
     ghost = " and a ghost" if problem.has_ghost else ""
     lines.append(

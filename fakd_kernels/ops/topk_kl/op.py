@@ -97,8 +97,8 @@ def topk_kl(
         normalizer: what both weighted sums over tokens are divided by, > 0; default the sum of row
             weights (`.tokens`). Pass the global count for accumulation or data parallelism.
         block_bytes: memory for the logits (or gathered rows of the head) of a block of tokens, in
-            float32, a block being at least one token; default up to the engine.
-        engine: None, or "reference" | "cpu" to force one. `FAKD_ENGINE` likewise.
+            float32, a block being at least one token; default up to the engine, on a GPU 1 GiB.
+        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
 
     Returns:
         `TopKKL`: loss []; kl [] and ce [], the weighted means without any factor (ce is 0 without
@@ -109,16 +109,18 @@ def topk_kl(
 
     Raises:
         ValueError: shapes, ranges, devices; on a CPU also labels or indices outside the vocabulary,
-            indices twice in a token, log-probabilities that sum above 1 and weights below 0 (on a
-            GPU the check would stall the stream). TypeError: dtypes or types.
+            indices twice in a token, log-probabilities that sum above 1 and weights below 0. On a
+            GPU that check would stall the stream: there the Triton engine makes NaN of a token
+            whose label or index is outside. TypeError: dtypes or types.
         RuntimeError: a forced engine cannot serve; a second derivative is asked for.
 
     Numerics:
         Logits, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of
         their tensor; those of float16 tensors stay in float32 until backward. Stored probabilities
-        are normalised over what is compared, so rounded ones do no harm. Under autocast, states,
-        head and bias are cast as `F.linear` casts them. Deterministic, but for the reference engine
-        on a GPU.
+        are normalised over what is compared, so rounded ones do no harm. On a GPU the gradient of
+        logits is in bfloat16 where all tensors of the student are, see `linear_kl`. Under autocast,
+        states, head and bias are cast as `F.linear` casts them. Deterministic, but for the
+        reference engine on a GPU.
 
     Source:
         L_soft of arXiv 2412.19449. That k tokens alone teach a biased distribution, and how much it
