@@ -1,7 +1,9 @@
 """Builds the compiled engines; every static fact is in pyproject.toml.
 
 Without a compiler the installation still succeeds, in pure Python, and says what that costs.
-FAKD_CPU=0 leaves the C++ engine out; FAKD_CPU=1 makes its failure an error.
+FAKD_CPU=0 leaves the C++ engine out; FAKD_CPU=1 makes its failure an error. FAKD_CUDA=0|1 does
+the same for the CUDA engine, for the cards in TORCH_CUDA_ARCH_LIST; by default, FAKD_CUDA=auto,
+it is built only for a torch with CUDA.
 """
 
 import os
@@ -13,26 +15,37 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import TORCH, find_torch
+from build_backend import TORCH, find_torch, nvcc_command, wants_cuda
 
 # LibTorch's stable ABI of 2.10: one binary serves every later torch, and every Python.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 SUFFIX = ".abi3.so"
 COST = """
 ================================================================================
-fakd is being installed WITHOUT its compiled C++ engine:
+fakd is being installed WITHOUT its compiled {engine} engine:
   {reason}
-Everything works, in plain PyTorch: losses of CPU tensors take 2 to 10 times as
-long. CUDA tensors are not affected. To build the engine, install g++ or clang++
-and torch >= 2.10, then reinstall. fakd_kernels.engines() tells what is built.
+Everything works, {cost} fakd_kernels.engines() tells what is built.
 ================================================================================
 """
+CPU_COST = """in plain PyTorch: losses of CPU tensors take 2 to 10 times as
+long. CUDA tensors are not affected. To build the engine, install g++ or clang++
+and torch >= 2.10, then reinstall."""
+CUDA_COST = """and Triton serves CUDA tensors. CPU tensors are not affected. To
+build the engine, install the CUDA toolkit, then reinstall."""
 
 
 class BuildLibraries(build_ext):
     """Builds libraries that torch loads: no module init, no Python version in the name."""
 
+    def run(self) -> None:
+        if CUDA_LIBRARY not in self.extensions:
+            sys.stderr.write(
+                "fakd's CUDA engine is not built: torch has no CUDA, or FAKD_CUDA=0.\n"
+            )
+        super().run()
+
     def build_extension(self, extension: Extension) -> None:
+        is_cuda = extension is CUDA_LIBRARY
         try:
             torch = find_torch()
             if torch is None:
@@ -42,13 +55,25 @@ class BuildLibraries(build_ext):
                 str(torch / "include/torch/csrc/api/include"),
             ]
             extension.library_dirs.append(str(torch / "lib"))
+            if is_cuda:
+                self.compile_kernels(extension)
             super().build_extension(extension)
         except Exception as error:
-            if os.environ.get("FAKD_CPU") == "1":
+            if os.environ.get("FAKD_CUDA" if is_cuda else "FAKD_CPU") == "1":
                 raise
-            sys.stderr.write(COST.format(reason=error))
+            engine, cost = ("CUDA", CUDA_COST) if is_cuda else ("C++", CPU_COST)
+            sys.stderr.write(COST.format(engine=engine, reason=error, cost=cost))
             # Editable installs copy what was built; an empty list keeps them from failing here.
             self.extensions = [e for e in self.extensions if e is not extension]
+
+    def compile_kernels(self, extension: Extension) -> None:
+        command, folders = nvcc_command()
+        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+            compiled = str(Path(self.build_temp) / f"{source.stem}.cu.o")
+            self.spawn([*command, "-c", str(source), "-o", compiled])
+            extension.extra_objects.append(compiled)
+        extension.library_dirs += folders
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + SUFFIX
@@ -68,17 +93,36 @@ class AbiWheel(bdist_wheel):
         return (python, abi, platform) if self.root_is_pure else ("cp310", "abi3", platform)
 
 
-CPU_LIBRARY = Extension(
-    "fakd_kernels._C_cpu",
-    [str(path) for path in sorted([*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])],
-    depends=[str(path) for path in sorted(Path("csrc").rglob("*.[hi]*"))],
-    define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
-    libraries=["torch_cpu", "torch"],
-    language="c++",
+def library(name: str, *folders: str, macros: tuple = (), **options) -> Extension:
+    def find(pattern: str) -> list[str]:
+        return [str(path) for folder in folders for path in sorted(Path(folder).glob(pattern))]
+
+    return Extension(
+        f"fakd_kernels.{name}",
+        find("*.cpp"),
+        depends=[*map(str, sorted(Path("csrc").rglob("*.[hi]*"))), *find("*.cu")],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), *macros],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"],
+        language="c++",
+        **options,
+    )
+
+
+CPU_LIBRARY = library("_C_cpu", "csrc", "csrc/cpu", libraries=["torch_cpu", "torch"])
+CUDA_LIBRARY = library(
+    "_C_cuda",
+    "csrc/cuda",
+    macros=(("USE_CUDA", "1"),),  # torch's headers declare the current stream
+    # The runtime is linked in, and hidden: torch brings its own, maybe of another version.
+    libraries=["cudart_static", "rt", "pthread", "dl", "torch_cpu"],
+    # libtorch.so names libtorch_cuda.so, which holds the stream; nothing else asks for it.
+    extra_link_args=["-Wl,--no-as-needed", "-ltorch", "-Wl,--exclude-libs,libcudart_static.a"],
 )
 
 setup(
-    ext_modules=[] if os.environ.get("FAKD_CPU") == "0" else [CPU_LIBRARY],
+    ext_modules=[
+        *([] if os.environ.get("FAKD_CPU") == "0" else [CPU_LIBRARY]),
+        *([CUDA_LIBRARY] if wants_cuda() else []),
+    ],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AbiWheel},
 )

@@ -125,6 +125,13 @@ def triton_refusal(device: torch.device, is_double: bool) -> str | None:
     return _DOUBLE if is_double else triton_absent()
 
 
+def cuda_refusal(device: torch.device, is_double: bool) -> str | None:
+    """Why the CUDA kernels cannot serve such tensors, None where they can."""
+    if device.type != "cuda":
+        return f"it serves CUDA tensors, these are on {device.type}"
+    return _DOUBLE if is_double else _extension.cuda_absent()
+
+
 def requested(engine: str | None) -> str | None:
     """The engine asked for by the argument, else by FAKD_ENGINE, else None for a free choice."""
     name = engine or os.environ.get("FAKD_ENGINE") or None

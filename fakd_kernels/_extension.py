@@ -9,18 +9,24 @@ from pathlib import Path
 
 import torch
 
-_REMEDY = "reinstall with a C++17 compiler (g++ or clang++) to build it"
+_REMEDIES = {
+    "_C_cpu": "reinstall with a C++17 compiler (g++ or clang++) to build it",
+    "_C_cuda": "reinstall with the CUDA toolkit and FAKD_CUDA=1 to build it",
+}
 
 
 def _load(stem: str) -> str | None:
     """Load one library; None on success, else the reason in words."""
+    remedy = _REMEDIES[stem]
     found = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
     if not found:
-        return f"the compiled library {stem} was not built; {_REMEDY}"
+        return f"the compiled library {stem} was not built; {remedy}"
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"the compiled library {found[0].name} cannot be loaded ({error}); {_REMEDY}"
+        # torch 2.13 says no more than the name; the loader's own words are behind that.
+        words = error.__cause__ or error
+        return f"the compiled library {found[0].name} cannot be loaded ({words}); {remedy}"
     return None
 
 
@@ -37,7 +43,15 @@ def cuda_absent() -> str | None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _load("_C_cuda")
+    if (reason := _load("_C_cuda")) is not None:
+        return reason
+    if not torch.ops.fakd_ext.has_device_code():
+        major, minor = torch.cuda.get_device_capability()
+        return (
+            f"the compiled library _C_cuda holds no code for {torch.cuda.get_device_name()}; "
+            f"reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    return None
 
 
 def cpu_isa() -> str:

@@ -4,7 +4,7 @@
 //   squared   S = 2 g / Dt
 //   distance  S = g / |p - t|    (0 where p = t)
 // S is kept apart because A p + B t cancels where p is close to t, and p - t does not.
-// No framework and no CUDA header: the same lines serve csrc/cpu and csrc/cuda.
+// No framework header. csrc/cuda has the same in float32.
 #pragma once
 
 #include <cmath>

@@ -95,7 +95,11 @@ BAD_CALLS = {
         RuntimeError,
         "float64 is served by the reference engine only",
     ),
-    "engine-cuda": (_call(_x(4, 8), _x(4, 8), engine="cuda"), RuntimeError, "has no cuda engine"),
+    "engine-cuda": (
+        _call(_x(4, 8), _x(4, 8), engine="cuda"),
+        RuntimeError,
+        "it serves CUDA tensors",
+    ),
 }
 
 

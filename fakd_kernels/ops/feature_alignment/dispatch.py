@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import _engines, _extension
 from ..._pairs import grad_buffers, pick, present
-from . import cpu, reference, triton_kernel
+from . import cpu, cuda, reference, triton_kernel
 from .problem import Pair, Problem, choose_route, count_flops
 
 
@@ -88,7 +88,12 @@ def _route(
     return choose_route(route, student.shape[0], *widths, wants_student, wants_projection)
 
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
+FILL = {
+    "reference": reference.fill,
+    "cpu": cpu.fill,
+    "triton": triton_kernel.fill,
+    "cuda": cuda.fill,
+}
 
 
 def refusals(problem: Problem) -> _engines.Refusals:
@@ -105,6 +110,7 @@ def refusals(problem: Problem) -> _engines.Refusals:
         "reference": None,
         "cpu": _engines.cpu_refusal(device, is_double),
         "triton": _engines.triton_refusal(device, is_double),
+        "cuda": cuda.refusal(problem) or _engines.cuda_refusal(device, is_double),
     }
 
 
@@ -130,4 +136,6 @@ def explain(*lowered) -> str:
         )
     if chosen == "triton":
         lines += [f"  {words}" for words in triton_kernel.describe(problem)]
+    if chosen == "cuda":
+        lines += [f"  {words}" for words in cuda.describe(problem)]
     return "\n".join(lines)
