@@ -26,6 +26,7 @@ from .harness import (
     Step,
     contenders,
     extra_peak_mb,
+    in_fresh_process,
     interleave,
 )
 from .shapes import ATTENTION_SHAPES, AttentionShape
@@ -125,7 +126,7 @@ def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
     shape = SHAPES[shape_name]
     names = contenders()
     timed = [*names, "not causal"] if shape.is_causal else list(names)
-    check(shape_name, dtype, names[0])
+    in_fresh_process(check, shape_name, dtype, names[0])
     times = interleave({name: make_step(name, shape_name, dtype) for name in timed}, seconds)
     share = shape.gflop / (2 * SIDE**3 / 1e9)
     times["limit"] = {name: value * share for name, value in times["limit"].items()}

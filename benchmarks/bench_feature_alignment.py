@@ -16,7 +16,7 @@ from fakd_kernels import feature_alignment
 from fakd_kernels.ops.feature_alignment import feature_alignment_reference
 from tests.support.accuracy import assert_accurate
 
-from .harness import DTYPES, Row, Step, contenders, extra_peak_mb, interleave
+from .harness import DTYPES, Row, Step, contenders, extra_peak_mb, in_fresh_process, interleave
 from .shapes import FEATURE_SHAPES, FeatureShape
 
 SHAPES = FEATURE_SHAPES
@@ -119,7 +119,7 @@ def check(shape_name: str, dtype: str, contender: str) -> None:
 def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
     shape = FEATURE_SHAPES[shape_name]
     names = contenders()
-    check(shape_name, dtype, names[0])
+    in_fresh_process(check, shape_name, dtype, names[0])
     times = interleave({name: make_step(name, shape_name, dtype) for name in names}, seconds)
     elements = shape.pairs * shape.rows * shape.student_width
     product = 2 * elements * shape.teacher_width if shape.is_projected else 0

@@ -21,6 +21,7 @@ from .harness import (
     Step,
     contenders,
     extra_peak_mb,
+    in_fresh_process,
     interleave,
 )
 from .shapes import LINEAR_SHAPES, OutputShape
@@ -113,7 +114,7 @@ def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
     shape = SHAPES[shape_name]
     engine, *others = contenders()
     names = [engine, *others, "liger"]
-    check(shape_name, dtype, engine)
+    in_fresh_process(check, shape_name, dtype, engine)
     times = interleave({name: make_step(name, shape_name, dtype) for name in names}, seconds)
     width = 4 if dtype == "float32" else 2
     heads = shape.vocabulary * sum(shape.widths)

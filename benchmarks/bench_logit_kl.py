@@ -20,6 +20,7 @@ from .harness import (
     Step,
     contenders,
     extra_peak_mb,
+    in_fresh_process,
     interleave,
 )
 from .shapes import LOGIT_SHAPES, OutputShape
@@ -85,7 +86,7 @@ def check(shape_name: str, dtype: str, contender: str) -> None:
 def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
     shape = SHAPES[shape_name]
     names = contenders()
-    check(shape_name, dtype, names[0])
+    in_fresh_process(check, shape_name, dtype, names[0])
     times = interleave({name: make_step(name, shape_name, dtype) for name in names}, seconds)
     width = 4 if dtype == "float32" else 2
     return Row(

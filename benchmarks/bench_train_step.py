@@ -22,7 +22,15 @@ from transformers import (
 
 from fakd import DistillConfig, Distiller
 
-from .harness import FLOAT32_ON_CPU, Row, Step, contenders, extra_peak_mb, interleave
+from .harness import (
+    FLOAT32_ON_CPU,
+    Row,
+    Step,
+    contenders,
+    extra_peak_mb,
+    in_fresh_process,
+    interleave,
+)
 from .shapes import STEP_SHAPES, StepShape
 
 SHAPES = STEP_SHAPES
@@ -153,7 +161,7 @@ def check(shape_name: str, dtype: str, contender: str) -> None:
 
 def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
     engine = contenders()[0]
-    check(shape_name, dtype, engine)
+    in_fresh_process(check, shape_name, dtype, engine)
     names = (engine, "eager", "limit")
     times = interleave({n: make_step(n, shape_name, dtype) for n in names}, 2 * seconds, least=5)
     return Row(

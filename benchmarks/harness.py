@@ -112,7 +112,8 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
     """The result of a call in a process of its own.
 
     What ran before in a process changes what its allocator does, and with it the time of
-    everything that stores large intermediates: the same eager step took 157 or 356 ms.
+    everything that stores large intermediates: the same eager step took 157 or 356 ms. For that
+    reason checks, which compute in float64, run apart from what is timed.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:

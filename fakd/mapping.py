@@ -12,7 +12,7 @@ from math import ceil
 from typing import Any
 
 LayerPairs = list[tuple[int, int]]
-PRESETS = ("uniform", "last", "last_k", "all")
+PRESETS = ("uniform", "last", "last_k", "first_k", "all")
 
 
 def layer_pairs(
@@ -21,8 +21,8 @@ def layer_pairs(
     """Turn a preset's name, or explicit pairs, into a checked map.
 
     Args:
-        mapping: "uniform" | "last" | "last_3" (any number) | "all", or explicit pairs such as
-            `[(1, 2), (3, 6)]`. See the function of each preset.
+        mapping: "uniform" | "last" | "last_3" | "first_3" (any number) | "all", or explicit pairs
+            such as `[(1, 2), (3, 6)]`. See the function of each preset.
         student_layers: blocks of the student, > 0.
         teacher_layers: blocks of the teacher, > 0.
 
@@ -87,13 +87,14 @@ def last(student_layers: int, teacher_layers: int) -> LayerPairs:
 
 def last_k(student_layers: int, teacher_layers: int, k: int) -> LayerPairs:
     """The last k blocks learn from the teacher's last k, one from one."""
-    most = min(student_layers, teacher_layers)
-    if not 1 <= k <= most:
-        raise ValueError(
-            f"k of mapping 'last_k' must be from 1 to {most}, the blocks of the smaller model: "
-            f"got {k}; choose fewer layers."
-        )
+    _check_k("last_k", k, student_layers, teacher_layers)
     return [(student_layers - i, teacher_layers - i) for i in reversed(range(k))]
+
+
+def first_k(student_layers: int, teacher_layers: int, k: int) -> LayerPairs:
+    """The first k blocks learn from the teacher's first k, one from one."""
+    _check_k("first_k", k, student_layers, teacher_layers)
+    return [(layer, layer) for layer in range(1, k + 1)]
 
 
 def all_layers(student_layers: int, teacher_layers: int) -> LayerPairs:
@@ -102,20 +103,30 @@ def all_layers(student_layers: int, teacher_layers: int) -> LayerPairs:
 
 
 def _preset(name: str, student_layers: int, teacher_layers: int) -> LayerPairs:
-    if match := re.fullmatch(r"last_(\d+)", name):
-        return last_k(student_layers, teacher_layers, int(match[1]))
+    if match := re.fullmatch(r"(last|first)_(\d+)", name):
+        preset = {"last": last_k, "first": first_k}[match[1]]
+        return preset(student_layers, teacher_layers, int(match[2]))
     presets = {"uniform": uniform, "last": last, "all": all_layers}
     if name in presets:
         return presets[name](student_layers, teacher_layers)
-    if name == "last_k":
-        remedy = "put the number in place of k, as in 'last_3'"
+    if name in ("last_k", "first_k"):
+        remedy = f"put the number in place of k, as in {name[:-1] + '3'!r}"
     else:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         remedy = f"did you mean {close!r}?"
     raise ValueError(
-        f"mapping must be 'uniform', 'last', 'last_<number>', 'all' or a list of pairs: "
-        f"got {name!r}; {remedy}"
+        "mapping must be 'uniform', 'last', 'last_<number>', 'first_<number>', 'all' or a list of "
+        f"pairs: got {name!r}; {remedy}"
     )
+
+
+def _check_k(name: str, k: int, student_layers: int, teacher_layers: int) -> None:
+    most = min(student_layers, teacher_layers)
+    if not 1 <= k <= most:
+        raise ValueError(
+            f"k of mapping {name!r} must be from 1 to {most}, the blocks of the smaller model: "
+            f"got {k}; choose fewer layers."
+        )
 
 
 def _pair(index: int, pair: Any) -> tuple[int, int]:

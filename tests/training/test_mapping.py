@@ -3,7 +3,7 @@
 import pytest
 
 from fakd import layer_pairs
-from fakd.mapping import all_layers, last, last_k, uniform
+from fakd.mapping import all_layers, first_k, last, last_k, uniform
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ def test_uniform(student, teacher, expected):
 def test_presets():
     assert last(3, 12) == layer_pairs("last", 3, 12) == [(3, 12)]
     assert last_k(3, 12, 2) == layer_pairs("last_2", 3, 12) == [(2, 11), (3, 12)]
+    assert first_k(3, 12, 2) == layer_pairs("first_2", 3, 12) == [(1, 1), (2, 2)]
     assert all_layers(2, 6) == layer_pairs("all", 2, 6) == [(0, 0), (1, 3), (2, 6)]
 
 
@@ -38,6 +39,8 @@ def test_explicit_pairs_keep_their_order():
         ("unifrom", r"got 'unifrom'; did you mean 'uniform'\?"),
         ("everything", "mapping must be 'uniform'"),
         ("last_k", "put the number in place of k, as in 'last_3'"),
+        ("first_k", "put the number in place of k, as in 'first_3'"),
+        ("first_4", "k of mapping 'first_k' must be from 1 to 3, .* got 4"),
         ("last_4", "k of mapping 'last_k' must be from 1 to 3, .* got 4"),
         ("last_0", "from 1 to 3, .* got 0"),
         ([], "at least one pair: got an empty list"),
