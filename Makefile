@@ -17,7 +17,7 @@ help:
 	@echo "make demo      distil a small student on real text and compare (6 minutes)"
 	@echo "make demo-lm   distil a language model of fewer layers (8 minutes)"
 	@echo "make test      every test that needs no GPU (15 minutes)"
-	@echo "make bench     the benchmark tables (5 minutes)"
+	@echo "make bench     the benchmark tables (15 minutes)"
 	@echo "make lint      ruff, as the tests run it"
 
 $(BIN)/python:

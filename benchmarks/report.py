@@ -60,11 +60,18 @@ def _table(op: str, rows: list[dict]) -> list[str]:
         peak = row["extra_peak_mb"]
         cells = [f"{row['shape']}, {row['dtype']}", f"{times[first]:.1f} ms"]
         for name in others:
-            faster = f"{times[name] / times[first]:.1f}x faster"
-            cells.append(f"{times[first] / times[name]:.2f}x" if name == "limit" else faster)
+            ratio = times[name] / times[first]
+            cells.append(f"{1 / ratio:.2f}x" if name == "limit" else _in_words(ratio))
         cells.append(f"{peak[first]:.0f} MB, eager {peak['eager']:.0f} MB")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _in_words(speedup: float) -> str:
+    """How many times faster than a contender."""
+    if 0.95 <= speedup < 1.05:
+        return "as fast"
+    return f"{speedup:.1f}x faster" if speedup > 1 else f"{1 / speedup:.1f}x slower"
 
 
 def render(readme: str) -> str:
