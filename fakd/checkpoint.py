@@ -65,6 +65,8 @@ class Checkpoints:
         self._identity = identity
         self._evaluate, self._worth = evaluate, worth
         self._console = console
+        # What was found whole, or written, by this process: hashing gigabytes takes seconds.
+        self._whole: dict[Path, dict] = {}
 
     def save(
         self,
@@ -171,6 +173,8 @@ class Checkpoints:
         Raises:
             BadCheckpoint: naming the checkpoint and what is wrong with it.
         """
+        if path in self._whole:
+            return self._whole[path]
         try:
             manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
             files = manifest["files"]
@@ -191,6 +195,7 @@ class Checkpoints:
                 f"checkpoint {path.name} must be of this training: got one of another config; it "
                 "is not used."
             )
+        self._whole[path] = progress
         return progress
 
     def _write(
@@ -213,6 +218,7 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)  # one that was refused
             part.rename(target)
             sync(self.folder)
+            self._whole[target] = progress
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -223,6 +229,7 @@ class Checkpoints:
         for path in self.paths():
             if path not in spared:
                 # The manifest first: half a folder must not look like a checkpoint.
+                self._whole.pop(path, None)
                 (path / _MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
 

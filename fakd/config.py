@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# Weights that may follow a schedule.
-SCHEDULED = ("task_weight", "alpha", "beta", "gamma", "delta")
+from .losses.shared import check_choice
+from .weighting import SCHEDULES, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         for name, schedule in self.schedules.items():
-            check_one_of("the names in schedules", name, SCHEDULED)
-            check_one_of(f"schedules.{name}", schedule, ("constant", "fall", "rise"))
+            check_choice("the names in schedules", name, tuple(WEIGHTS))
+            check_choice(f"schedules.{name}", schedule, tuple(SCHEDULES))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TrainConfig:
             raise ValueError(f"warmup must be from 0 to 1: got {self.warmup}; pass a share.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0: got {self.weight_decay}; raise it.")
-        check_one_of("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class DataConfig:
                 check_positive(f"data.{name}", getattr(self, name))
         if self.max_tokens < 2:
             raise ValueError(f"data.max_tokens must be > 1: got {self.max_tokens}; raise it.")
-        check_one_of("data.layout", self.layout, ("blocks", "packed"))
+        check_choice("data.layout", self.layout, ("blocks", "packed"))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        check_one_of("task", self.task, ("classification", "causal_lm"))
+        check_choice("task", self.task, ("classification", "causal_lm"))
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
                 f"exactly one of steps and epochs must be given: got {self.steps} and "
@@ -228,10 +228,3 @@ def _check_cached(config: RunConfig) -> None:
 def check_positive(name: str, value: float) -> None:
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be > 0: got {value}; raise it.")
-
-
-def check_one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}: got {value!r}; choose one."
-        )

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import data
 from .architectures import layer_count
-from .config import DistillConfig, TrainConfig
+from .config import DistillConfig, TrainConfig, check_positive
 from .cutting import cut, kept_blocks
 from .data import load_corpus, spread, to_blocks
 from .demo_shared import environment, model_folder, quieten_libraries, write_record
@@ -70,8 +70,7 @@ class LMDemoConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "rows", "held_out_blocks", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0: got {getattr(self, name)}; raise it.")
+            check_positive(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

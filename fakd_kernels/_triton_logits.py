@@ -14,6 +14,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._triton import tanh
+
 # Below every logit: the maximum of no logits, from which differences are finite.
 LEAST = tl.constexpr(-3.4028234663852886e38)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -59,19 +61,6 @@ class Stats(NamedTuple):
     moment: tl.tensor  # "kl": sum of exp(t) (t - s); "reverse_kl": of exp(s) (s - t)
     sum_ce: tl.tensor  # as sum_s, at temperature 1
     label_logit: tl.tensor
-
-
-@triton.jit
-def tanh(x):
-    """To 2 units in the last place: the polynomial of Cephes' tanhf where |x| is small."""
-    size = tl.abs(x)
-    z = x * x
-    series = -5.70498872745e-3 * z + 2.06390887954e-2
-    series = series * z - 5.37397155531e-2
-    series = series * z + 1.33314422036e-1
-    series = series * z - 3.33332819422e-1
-    large = 1 - 2 / (tl.exp2(size * 2.885390081777927) + 1)
-    return tl.where(size < 0.625, series * z * x + x, tl.where(x < 0, -large, large))
 
 
 @triton.jit

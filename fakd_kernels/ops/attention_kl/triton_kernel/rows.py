@@ -10,9 +10,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...._triton import dot, find_line, load_pointer, load_size
+from ...._triton import dot, find_line, load_pointer, load_size, tanh
 from . import fields
-from .tile_math import tanh
 
 
 class SideForm(NamedTuple):

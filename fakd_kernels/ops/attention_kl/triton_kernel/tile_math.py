@@ -15,19 +15,6 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def tanh(x):
-    """To 2 units in the last place: the polynomial of Cephes' tanhf where |x| is small."""
-    size = tl.abs(x)
-    z = x * x
-    series = -5.70498872745e-3 * z + 2.06390887954e-2
-    series = series * z - 5.37397155531e-2
-    series = series * z + 1.33314422036e-1
-    series = series * z - 3.33332819422e-1
-    large = 1 - 2 / (tl.exp2(size * 2.885390081777927) + 1)
-    return tl.where(size < 0.625, series * z * x + x, tl.where(x < 0, -large, large))
-
-
-@triton.jit
 def renew(top, total, s):
     """Online softmax of rows, with a tile of scores more.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...._triton import cast
+from ...._triton import cast, tanh
 from ...._triton_logits import (
     LEAST,
     LN_2,
@@ -30,7 +30,6 @@ from ...._triton_logits import (
     load_logits,
     no_stats,
     renew,
-    tanh,
 )
 from ...._triton_rows import store_gradient, store_values
 
