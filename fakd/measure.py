@@ -3,6 +3,7 @@
 Run as a module it measures the peak memory of one loss in a process of its own.
 """
 
+import copy
 import json
 import os
 import re
@@ -21,7 +22,12 @@ from torch import Tensor
 
 from fakd_kernels import FeatureAlignment
 
+from .architectures import hidden_width
+from .config import RunConfig
+from .data import collate, plan
+from .distiller import Distiller
 from .losses import FeatureAlignmentLoss
+from .parts import build, make_distiller
 
 LOSSES = ("fused", "eager")
 
@@ -44,6 +50,14 @@ class Cost:
     step_ms: float  # a whole step: teacher, student, loss, backward, AdamW; median
     loss_ms: float  # the loss alone, forward and backward; median
     loss_peak_bytes: int | None  # what the loss adds to the memory of its process at its peak
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What both losses cost in the same training."""
+
+    by_loss: dict[str, Cost]
+    setting: str  # what was measured, in words
 
 
 class EagerFeatureAlignmentLoss(FeatureAlignmentLoss):
@@ -91,6 +105,66 @@ class EagerFeatureAlignmentLoss(FeatureAlignmentLoss):
         pair_weights = cosine.new_tensor(self.pair_weights or [1 / self.pairs] * self.pairs)
         terms = self.cosine_weight * cosine + self.euclidean_weight * euclidean
         return FeatureAlignment((pair_weights * terms).sum(), cosine.detach(), euclidean.detach())
+
+
+def measure_costs(config: RunConfig, rounds: int) -> Costs:
+    """Whole steps of a training, and its loss of features alone, fused and eager in turn.
+
+    Args:
+        config: a training that aligns hidden states.
+        rounds: steps of each kind that are timed.
+
+    Raises:
+        ValueError: a training that does not. Others as `build` does.
+    """
+    parts = build(config)
+    distiller = make_distiller(config, parts)
+    if distiller.feature is None:
+        raise ValueError(
+            f"the loss of features must be learned from to be timed: got distill.beta = "
+            f"{config.distill.beta:g} and distill.delta = {config.distill.delta:g}; raise one."
+        )
+    indices = plan(parts.prepared, config.data, 1, None, config.train.seed)[0]
+    rows = [parts.prepared.train[index] for index in indices]
+    batch = collate(parts.tokenizer, config.task)(rows)
+    shape = Shape(
+        *batch["input_ids"].shape,
+        hidden_width(distiller.student),
+        hidden_width(distiller.teacher),
+        len(distiller.pairs),
+    )
+    steps = {}
+    for kind in LOSSES:
+        twin = copy.deepcopy(distiller)
+        if kind == "eager":
+            twin.feature = EagerFeatureAlignmentLoss.like(twin.feature)
+        steps[kind] = _step_call(twin.train(), batch)
+    step_ms = interleaved_medians(steps, rounds)
+    loss_ms = interleaved_medians({kind: loss_call(kind, shape) for kind in LOSSES}, 5 * rounds)
+    costs = {k: Cost(step_ms[k], loss_ms[k], loss_peak_bytes(k, shape)) for k in LOSSES}
+    return Costs(costs, _describe(shape, rounds))
+
+
+def _step_call(distiller: Distiller, batch: dict) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        distiller(**batch).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _describe(shape: Shape, rounds: int) -> str:
+    return (
+        f"Batch of {shape.rows} x {shape.tokens} tokens, {shape.pairs} layer pairs, "
+        f"{shape.student_width} to {shape.teacher_width} wide, float32, "
+        f"{torch.get_num_threads()} threads; medians over {rounds} steps and {5 * rounds} calls of "
+        "the loss, both losses in turn. A step is teacher, student, all losses, backward and "
+        "AdamW. Peak memory is what forward and backward of the loss of features add to the "
+        "resident memory of a process of their own, gradients included."
+    )
 
 
 def interleaved_medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,62 +17,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .architectures import layer_count
 from .config import DataConfig, RunConfig
 from .cutting import cut, kept_blocks
 from .data.places import package_file
 from .language_models import smollm2_folder
+from .mean_classifier import MeanClassifier, has_mean_head
 
 
-class TextClassifier(nn.Module):
-    """An encoder, the mean over its tokens, dropout and a linear layer.
-
-    Sentence encoders such as MiniLM are trained through the mean of their tokens; the heads of
-    transformers read the first token, which those models never learned to use.
-    """
-
-    def __init__(self, encoder: PreTrainedModel, classes: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(encoder.config.hidden_size, classes)
-
-    @property
-    def config(self):
-        """The encoder's, from which widths and layers are read."""
-        return self.encoder.config
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        """The encoder, under the name that transformers give it."""
-        return self.encoder
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
-
-        Args:
-            input_ids: [B, T].
-            attention_mask: [B, T], 1 for tokens and 0 for padding.
-            labels: [B], -100 where a text has none; at least one must have one.
-        """
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        weights = attention_mask[..., None].to(hidden.dtype)
-        mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-        logits = self.head(self.dropout(mean))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def load_classifier(folder: str | Path, classes: int) -> TextClassifier:
-    """The encoder in a folder with a fresh head."""
-    return TextClassifier(AutoModel.from_pretrained(folder), classes)
-
-
-def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> PreTrainedModel:
+def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> nn.Module:
     """The model that `config.teacher` names, in float32 and eval mode.
 
     Args:
@@ -98,7 +51,10 @@ def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> PreTrainedM
             f"teacher must have a head of {outputs} outputs, as the data have: got "
             f"{settings.num_labels} in {config.teacher}; {remedy}"
         )
-    model, missing = _load("teacher", AutoModelForSequenceClassification, path)
+    if has_mean_head(path):
+        model, missing = MeanClassifier.from_pretrained(path), []
+    else:
+        model, missing = _load("teacher", AutoModelForSequenceClassification, path)
     if missing:
         raise ValueError(
             f"teacher must have a trained head: got {config.teacher} without "
@@ -114,8 +70,8 @@ def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> PreTrainedM
 
 
 def make_student(
-    config: RunConfig, teacher: PreTrainedModel | None, labels: Sequence[str] | None
-) -> PreTrainedModel:
+    config: RunConfig, teacher: nn.Module | None, labels: Sequence[str] | None
+) -> nn.Module:
     """The student that `config.student` describes, in float32.
 
     What is drawn at random is drawn from torch's generator: seed it before.
@@ -131,18 +87,26 @@ def make_student(
     """
     wanted = config.student
     if wanted.layers is not None:
-        return cut(teacher, kept_blocks(layer_count(teacher), wanted.layers), wanted.width)
+        kept = kept_blocks(layer_count(teacher), wanted.layers)
+        if isinstance(teacher, MeanClassifier):
+            return teacher.like(cut(teacher.encoder, kept, wanted.width))
+        return cut(teacher, kept, wanted.width)
     is_lm = config.task == "causal_lm"
     auto = AutoModelForCausalLM if is_lm else AutoModelForSequenceClassification
+    head = {} if is_lm else _head(labels)
     if wanted.path is not None:
         path = _resolve("student.path", wanted.path)
+        if wanted.pooling == "mean" or has_mean_head(path):
+            with _reading("student.path", path, "an encoder"):
+                return MeanClassifier.from_pretrained(path, **head)
         # A head of another task is replaced by a fresh one.
-        options = {} if is_lm else {**_head(labels), "ignore_mismatched_sizes": True}
-        return _load("student.path", auto, path, **options)[0]
+        options = {} if is_lm else {"ignore_mismatched_sizes": True}
+        return _load("student.path", auto, path, **head, **options)[0]
     settings = _read_config("student.config", _resolve("student.config", wanted.config))
-    if not is_lm:
-        for name, value in _head(labels).items():
-            setattr(settings, name, value)
+    for name, value in head.items():
+        setattr(settings, name, value)
+    if wanted.pooling == "mean":
+        return MeanClassifier(AutoModel.from_config(settings, dtype=torch.float32))
     return auto.from_config(settings, dtype=torch.float32)
 
 

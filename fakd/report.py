@@ -1,250 +1,269 @@
-"""Scores, the sentence that judges them, and the report: tables, loss curves and the layer map."""
+"""What trainings came to: tables, the sentences that judge them, and a page that compares them.
+
+Trainings come in arms: by the name of each arm, its trainings from several seeds.
+"""
 
 import html
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
-from sklearn.metrics import accuracy_score, f1_score
+from rich.console import Console
 
-from .measure import Cost
-from .page import html_table, page, plt, svg
-
-# The ways of training, each of which adds to the one before.
-LABELS_ONLY = "labels only"
-WITH_FEATURES = "labels + features"
-WITH_ATTENTION = "labels + features + attention"
-
-_COLORS = {LABELS_ONLY: "#8a8f98", WITH_FEATURES: "#1f6feb", WITH_ATTENTION: "#bf5700"}
-# Title -> the terms of the log that it shows, and their lines.
-_PANELS = (
-    ("cross-entropy on the labelled rows", {"task": "-"}),
-    ("distance of the hidden states", {"cosine": "-", "euclidean": "--"}),
-    ("KL of the attention", {"attention": "-"}),
-)
+from .config import RunConfig
+from .config_file import ConfigError, differences, load_config, to_yaml
+from .drawings import draw_curves, draw_layer_map
+from .measure import Costs
+from .page import html_table, page, to_table
+from .run import CONFIG, ERRORS, LOG, RESULTS, STUDENT, RunResults
+from .train_log import LogLine
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How well held-out rows are classified, from 0 to 1."""
-
-    accuracy: float
-    macro_f1: float
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One trained model."""
+class Run:
+    """A training that ended, read back from its folder."""
 
     name: str
-    seed: int
-    parameters: int
-    predicted: list[int]
-    scores: Scores
-    log: list[dict[str, float]]
+    config: RunConfig
+    results: RunResults
+    errors: dict[str, list[float]]  # of each held-out row, see `Evaluation`
+    log: list[LogLine]
 
 
-@dataclass(frozen=True)
-class Results:
-    """Everything that the report shows."""
-
-    title: str
-    setting: str  # in one sentence, what was trained on what
-    truth: list[int]
-    teacher: Trained
-    students: list[Trained]
-    pairs: list[tuple[int, int]]
-    layers: tuple[int, int]  # blocks of the student and of the teacher
-    widths: tuple[int, int]  # features of the student and of the teacher
-    costs: dict[str, Cost]
-    cost_setting: str  # in one sentence, what was measured
-    environment: str
-
-    @property
-    def arms(self) -> list[str]:
-        """The ways of training there are."""
-        return list(dict.fromkeys(student.name for student in self.students))
-
-    def arm(self, name: str) -> list[Trained]:
-        """The students of one way of training, in the order of their seeds."""
-        return [student for student in self.students if student.name == name]
+Arms = Mapping[str, Sequence[Run]]
 
 
-def score(truth: Sequence[int], predicted: Sequence[int]) -> Scores:
-    return Scores(
-        float(accuracy_score(truth, predicted)),
-        float(f1_score(truth, predicted, average="macro", zero_division=0)),
+def print_results(results: RunResults, config: RunConfig, console: Console) -> None:
+    """Scores before and after, and where the student lies."""
+    console.print(to_table("Held-out rows", *_score_rows({"trained": [results]})))
+    whole = results.seconds / 60
+    best = "" if results.best_step == results.steps else f"; the best was step {results.best_step}"
+    console.print(
+        f"{results.steps} steps, {whole:.1f} minutes{best}. The student is "
+        f"{config.output / STUDENT}, its log {config.output / LOG}.",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
-def verdict(results: Results) -> str:
-    """Say from the numbers, a line for each comparison, whether alignment helped.
+def read_run(folder: Path) -> Run:
+    """A training from its output folder.
 
-    Every way of training is compared with the labels alone, and attention also with what it adds
-    to. Noise is twice the standard error of a gain over the held-out rows. A gain counts as real if
-    every seed gains by more than its noise, so neither a lucky start nor a lucky row decides.
+    Raises:
+        ConfigError: it holds none, or one that did not end.
     """
-    comparisons = [
-        ("Feature alignment", LABELS_ONLY, WITH_FEATURES),
-        ("Feature and attention alignment", LABELS_ONLY, WITH_ATTENTION),
-        ("Attention added to features", WITH_FEATURES, WITH_ATTENTION),
+    for name in (CONFIG, RESULTS, ERRORS, LOG):
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"a run must be the output folder of a training that ended: got {folder} without "
+                f"{name}; let fakd train end there first."
+            )
+    results, errors = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in (RESULTS, ERRORS)
+    )
+    lines = (folder / LOG).read_text(encoding="utf-8").splitlines()
+    return Run(
+        folder.name,
+        load_config(folder / CONFIG),
+        RunResults(**results),
+        errors,
+        [json.loads(line) for line in lines],
+    )
+
+
+def arms_of(folders: Sequence[Path]) -> dict[str, list[Run]]:
+    """Trainings from their folders, each an arm of its own.
+
+    Raises:
+        ConfigError: as `read_run` does.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return {
+        # Runs of equal names get the name of the folder above too.
+        f"{run.config.output.parent.name}/{run.name}" if names.count(run.name) > 1 else run.name: [
+            run
+        ]
+        for run in runs
+    }
+
+
+def verdict(arms: Arms) -> list[str]:
+    """Say from the numbers, a line for each comparison, whether an arm is better.
+
+    Every arm is compared with the first, and with the one before it. What is compared is the mean
+    error of the held-out rows (see `Evaluation`), row by row and seed by seed; noise is twice the
+    standard error of a change over the rows. A change counts as real if every seed changes by more
+    than its noise, so neither a lucky start nor a lucky row decides.
+
+    Returns:
+        No lines for arms that were scored on other rows, or from other numbers of seeds.
+    """
+    names = list(arms)
+    pairs = [(names[0], name) for name in names[1:]]
+    pairs += pairwise(names[1:])
+    return [
+        _judge(base, name, arms[base], arms[name], part)
+        for base, name in pairs
+        if _is_comparable(arms[base], arms[name])
+        for part in arms[base][0].errors
     ]
-    return "\n".join(
-        f"{subject} {_judge(results.truth, results.arm(base), results.arm(arm))}"
-        for subject, base, arm in comparisons
-        if results.arm(arm)
-    )
 
 
-def _judge(truth: Sequence[int], plain: list[Trained], aligned: list[Trained]) -> str:
-    """What the second arm does to the first, with the numbers."""
-    gains, noises = zip(
-        *(_gain(truth, p, f) for p, f in zip(plain, aligned, strict=True)), strict=True
+def _is_comparable(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
+    sizes = [{part: len(rows) for part, rows in run.errors.items()} for run in (*ours, *theirs)]
+    sources = {run.results.data for run in (*ours, *theirs)}
+    return len(ours) == len(theirs) and len(sources) == 1 and all(s == sizes[0] for s in sizes)
+
+
+def _judge(base: str, name: str, plain: Sequence[Run], other: Sequence[Run], part: str) -> str:
+    """What the second arm does to the errors of the first, with the numbers."""
+    changes, noises = zip(
+        *(paired_change(p.errors[part], o.errors[part]) for p, o in zip(plain, other, strict=True)),
+        strict=True,
     )
-    f1_gain = 100 * (
-        statistics.mean(run.scores.macro_f1 for run in aligned)
-        - statistics.mean(run.scores.macro_f1 for run in plain)
-    )
-    if all(gain > noise for gain, noise in zip(gains, noises, strict=True)):
-        judged = "helped: every seed gains by more than noise"
-    elif all(-gain > noise for gain, noise in zip(gains, noises, strict=True)):
-        judged = "hurt: every seed loses by more than noise"
-    elif min(gains) > 0:
-        judged = "may have helped: every seed gains, not every one beyond noise"
+    if all(change < -noise for change, noise in zip(changes, noises, strict=True)):
+        judged = "better, beyond noise"
+    elif all(change > noise for change, noise in zip(changes, noises, strict=True)):
+        judged = "worse, beyond noise"
+    elif max(changes) < 0:
+        judged = "maybe better: every seed is, but not every one beyond noise"
     else:
-        judged = "made no clear difference: the change is within noise"
-    if len(gains) == 1:
+        judged = "no clear difference: the change is within noise"
+    if len(changes) == 1:
         judged += " (one seed only: not a safe conclusion)"
-    seeds = ", ".join(f"{g:+.1f} ± {n:.1f}" for g, n in zip(gains, noises, strict=True))
-    return (
-        f"{judged}. Accuracy {statistics.mean(gains):+.1f} points (by seed, with twice the "
-        f"standard error over the held-out rows: {seeds}), macro-F1 {f1_gain:+.1f} points."
+    is_lm = plain[0].config.task == "causal_lm"
+    share = set(plain[0].errors[part]) <= {0.0, 1.0}
+    what, factor, unit = ("wrong rows", 100, " %") if share else ("mean error", 1, "")
+    what = "mean cross-entropy" if is_lm else what
+    digits = 1 if share else 3
+    each = ", ".join(
+        f"{factor * c:+.{digits}f} ± {factor * n:.{digits}f}{unit}"
+        for c, n in zip(changes, noises, strict=True)
     )
+    where = "" if part == "test" else f" ({part})"
+    scores = ", ".join(
+        f"{metric.removeprefix(f'{part}/')} {_mean(plain, metric)} to {_mean(other, metric)}"
+        for metric in plain[0].results.student
+        if (metric.rpartition("/")[0] or "test") == part
+    )
+    return f"{name} against {base}{where}: {judged}. {scores}; {what} by seed {each}."
 
 
-def _gain(truth: Sequence[int], plain: Trained, aligned: Trained) -> tuple[float, float]:
-    """Points of accuracy that the second run gains on the first, and the noise in that."""
-    differences = [
-        (f == t) - (p == t)
-        for p, f, t in zip(plain.predicted, aligned.predicted, truth, strict=True)
-    ]
-    noise = 2 * statistics.stdev(differences) / len(differences) ** 0.5
-    return 100 * statistics.mean(differences), 100 * noise
+def paired_change(plain: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean change of the errors of the same rows, and twice its standard error."""
+    changes = [o - p for p, o in zip(plain, other, strict=True)]
+    if len(changes) < 2:
+        return changes[0], float("inf")
+    return statistics.mean(changes), 2 * statistics.stdev(changes) / len(changes) ** 0.5
 
 
-def score_rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Column names and rows of the table of scores."""
-    columns = ["model", "accuracy %", "macro-F1 %", "weights"]
-    rows = [["teacher", *_row([results.teacher])]]
-    for name in results.arms:
-        arm = results.arm(name)
-        rows.append([f"student, {name}", *_row(arm)])
-        if len(arm) > 1:
-            rows += [[f"  seed {run.seed}", *_row([run])] for run in arm]
+def score_rows(arms: Arms) -> tuple[list[str], list[list[str]]]:
+    """Column names and rows of the table: teachers once each, students before and after."""
+    return _score_rows({name: [run.results for run in runs] for name, runs in arms.items()})
+
+
+def _score_rows(arms: Mapping[str, Sequence[RunResults]]) -> tuple[list[str], list[list[str]]]:
+    everything = [results for group in arms.values() for results in group]
+    metrics = list(dict.fromkeys(name for results in everything for name in results.student))
+    columns = ["model", *metrics, "weights"]
+    rows: list[list[str]] = []
+
+    def add(name: str, scores: Sequence[Mapping[str, float]], parameters: int | None) -> None:
+        cells = [_mean_of(metric, [each[metric] for each in scores]) for metric in metrics]
+        row = [name, *cells, "" if parameters is None else f"{parameters / 1e6:.1f} M"]
+        if row not in rows:
+            rows.append(row)
+
+    for results in everything:
+        if results.teacher:
+            # One whose predictions were stored is not loaded to be counted.
+            add("teacher", [results.teacher], results.parameters.get("teacher"))
+    for group in arms.values():
+        add("student at the start", [r.start for r in group], group[0].parameters["student"])
+    for name, group in arms.items():
+        add(f"student, {name}", [r.student for r in group], group[0].parameters["student"])
     return columns, rows
 
 
-def cost_rows(results: Results) -> tuple[list[str], list[list[str]]]:
+def _mean(runs: Sequence[Run], metric: str) -> str:
+    values = [run.results.student[metric] for run in runs]
+    return _number(metric, statistics.mean(values))
+
+
+def _mean_of(metric: str, values: Sequence[float]) -> str:
+    """Mean and standard deviation over seeds."""
+    mean = _number(metric, statistics.mean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {_number(metric, statistics.stdev(values)).removesuffix(' %')}"
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.1f}" if metric.endswith("perplexity") else f"{100 * value:.1f} %"
+
+
+def cost_rows(costs: Costs) -> tuple[list[str], list[list[str]]]:
     """Column names and rows of the table of costs."""
     columns = ["loss", "step, ms", "loss alone, ms", "loss alone, peak memory MB"]
     rows = []
-    for name, cost in results.costs.items():
+    for name, cost in costs.by_loss.items():
         peak = cost.loss_peak_bytes
         memory = "not measured" if peak is None else f"{peak / 1e6:.1f}"
         rows.append([name, f"{cost.step_ms:.0f}", f"{cost.loss_ms:.1f}", memory])
     return columns, rows
 
 
-def to_html(results: Results) -> str:
-    """The report as one file that needs no other."""
+def write_page(
+    arms: Arms,
+    path: Path,
+    title: str = "Distillation",
+    costs: Costs | None = None,
+    teacher: RunConfig | None = None,
+) -> None:
+    """Compare trainings on one page.
+
+    Args:
+        arms: the trainings.
+        path: receives the page, which needs no other file.
+        title: of the page.
+        costs: of the loss of features.
+        teacher: the settings of the teacher's own training.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    first, *others = [run for runs in arms.values() for run in runs]
     parts = [
-        f"<p>{html.escape(results.setting)}</p>",
-        *(f"<p class='verdict'>{html.escape(line)}</p>" for line in verdict(results).split("\n")),
-        html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(results)),
-        "<h2>Cost</h2>",
-        f"<p>{html.escape(results.cost_setting)}</p>",
-        html_table("Loss of features, fused and in plain PyTorch.", *cost_rows(results)),
-        "<h2>Loss curves</h2>",
-        draw_curves(results),
-        "<h2>Layer map</h2>",
-        draw_layer_map(results),
-        f"<p><small>{html.escape(results.environment)}</small></p>",
+        f"<p>{html.escape(first.results.data)}</p>",
+        *(f"<p class='verdict'>{html.escape(line)}</p>" for line in verdict(arms)),
+        html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(arms)),
     ]
-    return page(results.title, parts)
+    if costs is not None:
+        table = html_table("Loss of features, fused and in plain PyTorch.", *cost_rows(costs))
+        parts += ["<h2>Cost</h2>", f"<p>{html.escape(costs.setting)}</p>", table]
+    parts += ["<h2>Loss</h2>", draw_curves({n: [r.log for r in runs] for n, runs in arms.items()})]
+    if any(run.results.pairs for run in (first, *others)):
+        parts += ["<h2>Layer map</h2>", _layer_map([first, *others])]
+    parts.append("<h2>Settings</h2>")
+    if teacher is not None:
+        parts.append(f"<p>Of the teacher:</p><pre>{html.escape(to_yaml(teacher))}</pre>")
+    parts.append(f"<p>Of {html.escape(first.name)}:</p><pre>")
+    parts.append(f"{html.escape(to_yaml(first.config))}</pre>")
+    for run in others:
+        items = "".join(
+            f"<li>{html.escape(line)}</li>" for line in differences(run.config, first.config)
+        )
+        parts.append(f"<p>{html.escape(run.name)} differs in:</p><ul>{items}</ul>")
+    parts.append(f"<p><small>{html.escape(first.results.environment)}</small></p>")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(title, parts), encoding="utf-8")
 
 
-def draw_curves(results: Results) -> str:
-    """SVG: the loss with labels, and the terms of alignment where they are learned."""
-    panels = _PANELS if WITH_ATTENTION in results.arms else _PANELS[:-1]
-    size = (5 * len(panels), 3.6)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained")
-    for axis, (title, terms) in zip(axes, panels, strict=True):
-        drawn = [
-            (run, term, style)
-            for run in results.students
-            for term, style in terms.items()
-            if term in run.log[0]
-        ]
-        for run, term, style in drawn:
-            label = run.name if len(terms) == 1 else f"{term}, {run.name}"
-            axis.plot(
-                [line["step"] for line in run.log],
-                [line[term] for line in run.log],
-                style,
-                color=_COLORS[run.name],
-                # One entry of the legend serves all seeds.
-                label=label if run.seed == results.students[0].seed else None,
-            )
-        axis.set(title=title, xlabel="step")
-        axis.legend(frameon=False, fontsize="small")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set(**({"yscale": "log"} if "task" in terms else {"ylim": (0, None)}))
-    return svg(figure)
-
-
-def draw_layer_map(results: Results) -> str:
-    """SVG: the layers of both models, and a line for every pair."""
-    (student_layers, teacher_layers), pairs = results.layers, results.pairs
-    tallest = max(student_layers, teacher_layers)
-    figure, axis = plt.subplots(figsize=(6, 0.5 * tallest + 1.3), layout="constrained")
-
-    def height(layer: int, count: int) -> float:
-        return layer * tallest / count
-
-    sides = (("student", 0.0, student_layers, results.widths[0], 0),)
-    sides += (("teacher", 1.0, teacher_layers, results.widths[1], 1),)
-    for name, x, count, width, side in sides:
-        used = {pair[side] for pair in pairs}
-        for layer in range(count + 1):
-            is_used = layer in used
-            axis.text(
-                x,
-                height(layer, count),
-                f"layer {layer}" if layer else "embeddings",
-                ha="center",
-                va="center",
-                color="black" if is_used else "#8a8f98",
-                bbox={
-                    "boxstyle": "round,pad=0.35",
-                    "facecolor": "#ddf4ff" if is_used else "#f6f8fa",
-                    "edgecolor": "#1f6feb" if is_used else "#d0d7de",
-                },
-            )
-        axis.text(x, tallest + 0.8, f"{name}, {width} wide", ha="center", weight="bold")
-    for student, teacher in pairs:
-        ends = height(student, student_layers), height(teacher, teacher_layers)
-        axis.plot([0, 1], ends, color="#1f6feb", linewidth=1.5, zorder=1)
-    axis.set(xlim=(-0.3, 1.3), ylim=(-0.5, tallest + 1.3))
-    axis.axis("off")
-    return svg(figure)
-
-
-def _row(runs: list[Trained]) -> list[str]:
-    accuracy = _mean_and_spread([100 * run.scores.accuracy for run in runs])
-    macro_f1 = _mean_and_spread([100 * run.scores.macro_f1 for run in runs])
-    return [accuracy, macro_f1, f"{runs[0].parameters / 1e6:.1f} M"]
-
-
-def _mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+def _layer_map(runs: Sequence[Run]) -> str:
+    """Of the training with the most pairs."""
+    results = max((run.results for run in runs), key=lambda results: len(results.pairs))
+    return draw_layer_map(results.pairs, results.layers, results.widths)

@@ -5,39 +5,32 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 
+from .architectures import hidden_width, layer_count
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .config_file import ConfigError, differences, fingerprint, load_config, to_yaml
-from .data import Prepared, check_tokenizers, collate, plan, prepare, split, tokenizer_hash
-from .demo_shared import environment, quieten_libraries
-from .distiller import Distiller
+from .data import Prepared, collate, plan, split
 from .distribute import join, unsharded
-from .evaluate import evaluate
+from .evaluate import Evaluation, evaluate
 from .files import sync_folder, write_whole
-from .language_models import check_causal, check_packing
-from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
+from .libraries import environment, quieten_libraries
+from .parts import Parts, build, make_distiller
 from .teacher_cache import (
-    Identity,
     RowsWithTeacher,
-    TeacherCache,
     collate_with_teacher,
-    hash_weights,
 )
-from .terms import build_output
 from .train import LogLine, train
-from .weighting import Weighting
 
-CONFIG, LOG, RESULTS = "config.yaml", "log.jsonl", "results.json"
+CONFIG, LOG, RESULTS, ERRORS = "config.yaml", "log.jsonl", "results.json", "errors.json"
 STUDENT, CHECKPOINTS, TRACKED = "student", "checkpoints", "tracked"
 TEACHER, START = "teacher", "student at the start"
 
@@ -57,32 +50,34 @@ class RunResults:
     best_step: int | None  # of the checkpoint with the best first metric
     steps: int
     parameters: dict[str, int]
+    # What each model has, "student" and "teacher": blocks, and features of a hidden state.
+    layers: dict[str, int]
+    widths: dict[str, int]
+    # Aligned layers of hidden states, (student's, teacher's).
+    pairs: list[tuple[int, int]]
     seconds: float  # of this call
     environment: str
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a training is made of."""
-
-    tokenizer: PreTrainedTokenizerBase
-    prepared: Prepared
-    teacher: nn.Module | None  # None too where its predictions are stored
-    student: nn.Module
-    cache: TeacherCache | None
-
-
-def run(config: RunConfig, console: Console) -> tuple[RunResults | None, list[LogLine]]:
+def run(
+    config: RunConfig,
+    console: Console,
+    *,
+    title: str = "student",
+    known: Mapping[str, dict[str, float]] | None = None,
+) -> tuple[RunResults | None, list[LogLine]]:
     """Train as `config` says, or go on with it where the same call was interrupted.
 
     Args:
         config: see `RunConfig`.
         console: where progress goes; the main process alone speaks.
+        title: of the progress bar.
+        known: scores of `TEACHER` and `START` that need not be found, nor said, again.
 
     Returns:
         The results (None but in the main process), and the log. `config.output` receives
-        config.yaml (all settings), log.jsonl,
-        results.json, checkpoints/ and student/, a folder that `AutoModel.from_pretrained` reads.
+        config.yaml (all settings), log.jsonl, results.json, errors.json (of each held-out row, see
+        `Evaluation`), checkpoints/ and student/, a folder that `AutoModel.from_pretrained` reads.
 
     Raises:
         ConfigError: the output folder holds another training. Others as `build` and `train` do; all
@@ -95,24 +90,28 @@ def run(config: RunConfig, console: Console) -> tuple[RunResults | None, list[Lo
     with accelerator.main_process_first():
         check_output(config)
         parts = build(config)
-    console.print(parts.prepared.describe(), soft_wrap=True)
-    distiller = _make_distiller(config, parts)
+    if not known:
+        console.print(parts.prepared.describe(), soft_wrap=True)
+    distiller = make_distiller(config, parts)
     planned = plan(parts.prepared, config.data, config.steps, config.epochs, config.train.seed)
     mine = split(
         planned, accelerator.num_processes, accelerator.process_index, config.train.accumulation
     )
     # Before anything is sharded: a model is whole in every process.
-    baseline = _baseline(config, parts, accelerator)
+    baseline = _baseline(config, parts, accelerator, known or {})
     if accelerator.is_main_process:
         write_whole(config.output / CONFIG, to_yaml(config))
         for name, scores in baseline.items():
-            console.print(f"{name}: {in_words(scores)}", soft_wrap=True)
+            if name not in (known or {}):
+                console.print(f"{name}: {in_words(scores)}", soft_wrap=True)
 
     def score() -> dict[str, float]:
         with unsharded(distiller):
-            return evaluate(
-                distiller.student, parts.prepared, parts.tokenizer, accelerator=accelerator
-            )
+            found = _evaluate(distiller.student, parts, accelerator)
+        if accelerator.is_main_process:
+            # Before the checkpoint of the same step, so that the last one's are there in the end.
+            write_whole(config.output / ERRORS, json.dumps(found.errors))
+        return found.scores
 
     metric, sign = parts.prepared.metrics[0], 1 if parts.prepared.is_greater_better else -1
     checkpoints = Checkpoints(
@@ -134,7 +133,7 @@ def run(config: RunConfig, console: Console) -> tuple[RunResults | None, list[Lo
         accelerator=accelerator,
         log_path=config.output / LOG,
         console=console,
-        title="student",
+        title=title,
         checkpoints=checkpoints,
     )
     results = None
@@ -147,11 +146,10 @@ def run(config: RunConfig, console: Console) -> tuple[RunResults | None, list[Lo
             student=checkpoints.verified(last)["scores"],
             best_step=checkpoints.verified(best)["step"],
             steps=len(planned),
-            parameters={
-                name: sum(parameter.numel() for parameter in model.parameters())
-                for name, model in (("teacher", parts.teacher), ("student", parts.student))
-                if model is not None
-            },
+            parameters={name: _parameters(model) for name, model in parts.models.items()},
+            layers={name: layer_count(model) for name, model in parts.models.items()},
+            widths={name: hidden_width(model) for name, model in parts.models.items()},
+            pairs=distiller.pairs,
             seconds=time.perf_counter() - began,
             environment=environment(),
         )
@@ -160,62 +158,6 @@ def run(config: RunConfig, console: Console) -> tuple[RunResults | None, list[Lo
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return results, log
-
-
-def build(config: RunConfig) -> Parts:
-    """Data and models, checked against each other before anything is computed.
-
-    Raises:
-        ModuleNotFoundError, OSError, ValueError: what is not there, or does not fit.
-    """
-    sources = {"teacher": config.teacher, "student.path": config.student.path}
-    if not any(sources.values()):
-        # A config alone need not bring a tokenizer, where a model does.
-        sources = {"student.config": config.student.config}
-    tokenizers = [load_tokenizer(path, name) for name, path in sources.items() if path is not None]
-    tokenizer = tokenizers[0]
-    for other in tokenizers[1:]:
-        check_tokenizers(other, tokenizer)
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-    prepared = prepare(config.data, config.task, tokenizer)
-    torch.manual_seed(config.train.seed)  # of what is drawn for the student
-    teacher = None if config.teacher is None else load_teacher(config, prepared.labels)
-    student = make_student(config, teacher, prepared.labels)
-    for name, model in (("the teacher", teacher), ("the student", student)):
-        if model is None:
-            continue
-        check_length(config.data, model, name)
-        check_vocabulary(tokenizer, model, name)
-        if config.task == "causal_lm":
-            check_causal(model)
-        if config.data.layout == "packed":
-            check_packing(model)
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-    cache = None
-    if config.teacher_cache is not None:
-        cache = TeacherCache(config.teacher_cache)
-        cache.check(cache_identity(config, tokenizer, prepared, teacher))
-        teacher = None
-    return Parts(tokenizer, prepared, teacher, student, cache)
-
-
-def cache_identity(
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
-    teacher: nn.Module,
-) -> Identity:
-    """What a cache of this training's teacher is made of."""
-    return Identity(
-        task=config.task,
-        teacher=hash_weights(teacher),
-        tokenizer=tokenizer_hash(tokenizer),
-        data=prepared.fingerprint,
-        rows=len(prepared.train),
-        top_k=config.distill.top_k if config.task == "causal_lm" else None,
-    )
 
 
 def check_output(config: RunConfig) -> None:
@@ -286,40 +228,33 @@ def _computed(config: RunConfig) -> RunConfig:
 
 
 def _baseline(
-    config: RunConfig, parts: Parts, accelerator: Accelerator
+    config: RunConfig,
+    parts: Parts,
+    accelerator: Accelerator,
+    known: Mapping[str, dict[str, float]],
 ) -> dict[str, dict[str, float]]:
     """Scores of the teacher and of the student before; read again where they were written."""
-    known = config.output / "baseline.json"
-    if known.is_file():
-        return json.loads(known.read_text(encoding="utf-8"))
+    path = config.output / "baseline.json"
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
     scores = {} if parts.cache is None else {TEACHER: parts.cache.scores}
-    scores |= {
-        name: evaluate(
-            model.to(accelerator.device), parts.prepared, parts.tokenizer, accelerator=accelerator
-        )
-        for name, model in _models(parts).items()
-    }
+    for name, model in {TEACHER: parts.teacher, START: parts.student}.items():
+        if name in known:
+            scores[name] = known[name]
+        elif model is not None:
+            scores[name] = _evaluate(model.to(accelerator.device), parts, accelerator).scores
     if accelerator.is_main_process:
-        write_whole(known, json.dumps(scores, indent=1))
+        write_whole(path, json.dumps(scores, indent=1))
     accelerator.wait_for_everyone()
     return scores
 
 
-def _make_distiller(config: RunConfig, parts: Parts) -> Distiller:
-    if parts.cache is None:
-        return Distiller.from_config(parts.teacher, parts.student, config.distill)
-    return Distiller(
-        None,
-        parts.student,
-        output=build_output(config.distill, parts.student),
-        weighting=Weighting(config.distill.schedules, config.distill.balance),
-        task_weight=config.distill.task_weight,
-    )
+def _evaluate(model: nn.Module, parts: Parts, accelerator: Accelerator) -> Evaluation:
+    return evaluate(model, parts.prepared, parts.tokenizer, accelerator=accelerator)
 
 
-def _models(parts: Parts) -> dict[str, nn.Module]:
-    named = {TEACHER: parts.teacher, START: parts.student}
-    return {name: model for name, model in named.items() if model is not None}
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _save_student(student: nn.Module, state: dict, parts: Parts, output: Path) -> None:

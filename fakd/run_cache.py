@@ -8,10 +8,11 @@ from rich.console import Console
 from .config import RunConfig
 from .config_file import ConfigError
 from .data import collate
-from .demo_shared import quieten_libraries
 from .distribute import join
 from .evaluate import evaluate
-from .run import build, cache_identity, in_words
+from .libraries import quieten_libraries
+from .parts import build, cache_identity
+from .run import in_words
 from .teacher_cache import size_bytes, write_cache
 
 
@@ -51,7 +52,7 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
             f"teacher_cache must be on a disk with {size / 1e6:,.1f} MB: got {free / 1e6:,.1f} MB "
             "free; lower distill.top_k, or choose another disk."
         )
-    scores = evaluate(teacher, prepared, parts.tokenizer, accelerator=accelerator)
+    scores = evaluate(teacher, prepared, parts.tokenizer, accelerator=accelerator).scores
     console.print(f"teacher: {in_words(scores)}", soft_wrap=True)
     write_cache(
         config.teacher_cache,

@@ -8,9 +8,9 @@ from rich.console import Console
 from .config import RunConfig
 from .config_file import ConfigError, load_config
 from .data import prepare
-from .demo_shared import quieten_libraries
 from .distribute import join
 from .evaluate import evaluate
+from .libraries import quieten_libraries
 from .models import check_length, load_teacher, load_tokenizer
 from .run import CONFIG, STUDENT, in_words
 
@@ -38,7 +38,7 @@ def score_folder(
     prepared = prepare(config.data, config.task, tokenizer)
     model = load_teacher(config, prepared.labels).to(accelerator.device)
     check_length(config.data, model)
-    scores = evaluate(model, prepared, tokenizer, accelerator=accelerator)
+    scores = evaluate(model, prepared, tokenizer, accelerator=accelerator).scores
     if accelerator.is_main_process:
         console.print(prepared.describe(), soft_wrap=True)
         console.print(f"{folder}: {in_words(scores)}", soft_wrap=True)

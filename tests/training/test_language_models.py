@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertLMHeadModel
 
@@ -14,24 +13,6 @@ from fakd.distribute import join
 from fakd.evaluate import evaluate
 from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
 from tests.support.texts import is_installed, tiny_blocks
-
-
-def test_perplexity_is_the_exponential_of_the_models_own_loss():
-    model, blocks = tiny_lm().train(), tiny_blocks()
-    losses = language_models.block_losses(model, blocks, rows=3)
-    assert model.training
-    for loss, block in zip(losses, blocks, strict=True):
-        torch.testing.assert_close(loss, model(input_ids=block[None], labels=block[None]).loss)
-    own = model(input_ids=blocks, labels=blocks).loss.exp().item()
-    for rows in (1, 3, 100):
-        assert language_models.perplexity(model, blocks, rows) == pytest.approx(own, rel=1e-5)
-
-
-def test_logits_never_exist_for_more_than_a_few_blocks(monkeypatch):
-    model, seen = tiny_lm(), []
-    model.register_forward_hook(lambda _, __, output: seen.append(output.logits.shape[0]))
-    language_models.perplexity(model, tiny_blocks(7), rows=3)
-    assert seen == [3, 3, 1]
 
 
 def test_folders_appear_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -69,7 +50,7 @@ def test_perplexity_is_of_the_models_own_losses(layout):
         rows = [{"input_ids": row} for row in ids]
     held_out = Dataset.from_list(rows)
     prepared = data.Prepared("texts", None, held_out, held_out, ("perplexity",), "")
-    scores = evaluate(model, prepared, tiny_tokenizer(), accelerator=join(), rows=8)
+    scores = evaluate(model, prepared, tiny_tokenizer(), accelerator=join(), rows=8).scores
     assert model.training
     model.eval()
     expected, count = 0.0, 0
@@ -106,7 +87,12 @@ def test_real_teacher_predicts_real_text():
     teacher = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     speech = load_speeches()[-1][1]
-    blocks = data.spread(data.to_blocks([speech], tokenizer, 128), 4)
-    start = cut(teacher, kept_blocks(30, 8))
-    assert 5 < language_models.perplexity(teacher, blocks) < 60
-    assert language_models.perplexity(start, blocks) > 1000
+    blocks = data.cut_blocks(data.token_ids(tokenizer, [speech]), 128)[:4]
+    held_out = Dataset.from_list([{"input_ids": block} for block in blocks])
+    prepared = data.Prepared("speech", None, held_out, held_out, ("perplexity",), "")
+    for model, least, most in (
+        (teacher, 5, 60),
+        (cut(teacher, kept_blocks(30, 8)), 1000, math.inf),
+    ):
+        found = evaluate(model, prepared, tokenizer, accelerator=join())
+        assert least < found.scores["perplexity"] < most

@@ -1,4 +1,4 @@
-"""Teachers and students from folders, configs and each other; the classifier of the demo."""
+"""Teachers and students from folders, configs and each other."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +10,10 @@ from transformers import AutoModelForSequenceClassification
 from fakd import models
 from fakd.architectures import find_blocks
 from fakd.config import DataConfig, RunConfig, StudentConfig
-from fakd.models import TextClassifier, load_classifier
 from tests.support.models import VOCABULARY, tiny_batch, tiny_lm, tiny_model, tiny_tokenizer
 from tests.support.texts import is_installed, tiny_blocks
 
 LABELS = ["bad", "fair", "good"]
-
-
-def make_classifier() -> TextClassifier:
-    return TextClassifier(tiny_model(width=64, num_attention_heads=8), classes=3).eval()
 
 
 def run_config(teacher: str | None = None, task: str = "classification", **student) -> RunConfig:
@@ -38,36 +33,6 @@ def folder(tmp_path):
     model.config.id2label = dict(enumerate(LABELS))
     model.config.label2id = {name: index for index, name in enumerate(LABELS)}
     return save(model, tmp_path / "teacher")
-
-
-def test_mean_over_tokens_leaves_padding_out():
-    model, batch = make_classifier(), tiny_batch()
-    with torch.no_grad():
-        logits = model(**batch).logits
-        hidden = model.encoder(**batch).last_hidden_state
-        for row, length in enumerate(batch["attention_mask"].sum(1)):
-            expected = model.head(hidden[row, :length].mean(0))
-            torch.testing.assert_close(logits[row], expected)
-
-
-def test_loss_leaves_hidden_labels_out():
-    model, batch = make_classifier(), tiny_batch(labels=3)
-    first = {name: tensor[:1] for name, tensor in batch.items()}
-    batch["labels"][1:] = -100
-    torch.testing.assert_close(model(**batch).loss, model(**first).loss)
-
-
-def test_blocks_are_found():
-    assert find_blocks(make_classifier()).path == "encoder.encoder.layer"
-
-
-def test_classifier_loads_from_a_folder(tmp_path):
-    encoder = tiny_model(seed=3)
-    encoder.save_pretrained(tmp_path)
-    model = load_classifier(tmp_path, classes=5)
-    assert model.head.out_features == 5
-    for name, tensor in encoder.state_dict().items():
-        assert torch.equal(model.encoder.state_dict()[name], tensor), name
 
 
 def test_teacher_that_classifies(folder):

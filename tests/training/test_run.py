@@ -226,7 +226,8 @@ def test_report_compares_runs(assets, finished, tmp_path):
     assert result.exit_code == 0, result.output
     text = page.read_text()
     assert "distill.beta: 0.5, was 1.0" in text
-    assert text.count("<svg") == 1
+    assert text.count("<svg") == 2
+    assert "other against classification: " in text
     for name in ("student, classification", "student, other", "attention", "accuracy"):
         assert name in text
 

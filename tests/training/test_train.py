@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from fakd import Distiller, TrainConfig
-from fakd.train import NonFiniteLoss, predict, train
+from fakd.train import NonFiniteLoss, train
 from tests.support.models import tiny_batch, tiny_model
 
 
@@ -229,13 +229,3 @@ def test_nothing_to_train_on():
 def test_impossible_settings(options, match):
     with pytest.raises(ValueError, match=match):
         TrainConfig(**options)
-
-
-def test_predict():
-    model = tiny_model(labels=3).train()
-    loader = batches(2)
-    classes = predict(model, loader)
-    assert model.training
-    model.eval()
-    expected = [model(**batch).logits.argmax(-1).tolist() for batch in loader]
-    assert classes == expected[0] + expected[1]

@@ -1,0 +1,102 @@
+"""What one training is made of: data, models and losses, built from its settings and checked."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from .config import RunConfig
+from .data import Prepared, check_tokenizers, prepare, tokenizer_hash
+from .distiller import Distiller
+from .language_models import check_causal, check_packing
+from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
+from .teacher_cache import Identity, TeacherCache, hash_weights
+from .terms import build_output
+from .weighting import Weighting
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training is made of."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prepared: Prepared
+    teacher: nn.Module | None  # None too where its predictions are stored
+    student: nn.Module
+    cache: TeacherCache | None
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """Those there are, by role."""
+        models = {"teacher": self.teacher, "student": self.student}
+        return {role: model for role, model in models.items() if model is not None}
+
+
+def build(config: RunConfig) -> Parts:
+    """Data and models, checked against each other before anything is computed.
+
+    Raises:
+        ModuleNotFoundError, OSError, ValueError: what is not there, or does not fit.
+    """
+    sources = {"teacher": config.teacher, "student.path": config.student.path}
+    if not any(sources.values()):
+        # A config alone need not bring a tokenizer, where a model does.
+        sources = {"student.config": config.student.config}
+    tokenizers = [load_tokenizer(path, name) for name, path in sources.items() if path is not None]
+    tokenizer = tokenizers[0]
+    for other in tokenizers[1:]:
+        check_tokenizers(other, tokenizer)
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    prepared = prepare(config.data, config.task, tokenizer)
+    torch.manual_seed(config.train.seed)  # of what is drawn for the student
+    teacher = None if config.teacher is None else load_teacher(config, prepared.labels)
+    student = make_student(config, teacher, prepared.labels)
+    parts = Parts(tokenizer, prepared, teacher, student, None)
+    for role, model in parts.models.items():
+        name = f"the {role}"
+        check_length(config.data, model, name)
+        check_vocabulary(tokenizer, model, name)
+        if config.task == "causal_lm":
+            check_causal(model)
+        if config.data.layout == "packed":
+            check_packing(model)
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+    if config.teacher_cache is None:
+        return parts
+    cache = TeacherCache(config.teacher_cache)
+    cache.check(cache_identity(config, tokenizer, prepared, teacher))
+    return dataclasses.replace(parts, teacher=None, cache=cache)
+
+
+def cache_identity(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    teacher: nn.Module,
+) -> Identity:
+    """What a cache of this training's teacher is made of."""
+    return Identity(
+        task=config.task,
+        teacher=hash_weights(teacher),
+        tokenizer=tokenizer_hash(tokenizer),
+        data=prepared.fingerprint,
+        rows=len(prepared.train),
+        top_k=config.distill.top_k if config.task == "causal_lm" else None,
+    )
+
+
+def make_distiller(config: RunConfig, parts: Parts) -> Distiller:
+    """Teacher, student and losses as one module."""
+    if parts.cache is None:
+        return Distiller.from_config(parts.teacher, parts.student, config.distill)
+    return Distiller(
+        None,
+        parts.student,
+        output=build_output(config.distill, parts.student),
+        weighting=Weighting(config.distill.schedules, config.distill.balance),
+        task_weight=config.distill.task_weight,
+    )
