@@ -190,8 +190,12 @@ class RunConfig:
     # Optimiser steps; exactly one of steps and epochs.
     steps: int | None = None
     epochs: float | None = None
-    # Folder that `fakd cache-teacher` wrote: its predictions, in place of the teacher's own.
+    # Folder that `fakd cache-teacher` wrote: predictions and hidden states, in place of the
+    # teacher's own.
     teacher_cache: Path | None = None
+    # What hidden states are stored in there: "float32", or "bfloat16", which takes half the disk
+    # and rounds by up to 1/256 of each number.
+    teacher_cache_dtype: str = "float32"
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -214,6 +218,7 @@ class RunConfig:
                 f"(distill.gamma > 0): got 'packed' for {self.task} with gamma "
                 f"{self.distill.gamma:g}; change one of them."
             )
+        check_choice("teacher_cache_dtype", self.teacher_cache_dtype, ("float32", "bfloat16"))
         if self.teacher_cache is not None:
             _check_cached(self)
         if self.teacher is None and self.student.layers is not None:
@@ -221,19 +226,19 @@ class RunConfig:
 
 
 def _check_cached(config: RunConfig) -> None:
-    """A cache holds predictions, which must be asked for; nothing else of the teacher."""
+    """A cache holds predictions and hidden states, which must be asked for; no attention."""
     wanted = config.distill
     if config.teacher is None:
         raise ValueError(
             "teacher_cache must come with its teacher: got teacher: null; pass the teacher's path."
         )
-    if wanted.alpha == 0 or any((wanted.beta, wanted.gamma, wanted.delta)):
+    if wanted.gamma != 0 or not any((wanted.alpha, wanted.beta, wanted.delta)):
         raise ValueError(
-            "distill must learn from predictions alone where teacher_cache is given: got alpha "
-            f"{wanted.alpha:g}, beta {wanted.beta:g}, gamma {wanted.gamma:g}, delta "
-            f"{wanted.delta:g}; raise alpha, and set the others to 0."
+            "distill must learn from predictions or hidden states where teacher_cache is given, "
+            f"not from attention: got alpha {wanted.alpha:g}, beta {wanted.beta:g}, gamma "
+            f"{wanted.gamma:g}, delta {wanted.delta:g}; set gamma to 0, and raise another."
         )
-    if config.task == "causal_lm" and wanted.top_k is None:
+    if config.task == "causal_lm" and wanted.alpha != 0 and wanted.top_k is None:
         raise ValueError(
             "distill.top_k must be given where teacher_cache is: got null; pass 64, for example."
         )

@@ -31,7 +31,7 @@ from .losses import (
     TopKKLLoss,
 )
 from .mapping import attention_pairs, layer_pairs
-from .outputs import compare_outputs, take_stored
+from .outputs import compare_outputs, stored_states, take_stored
 from .terms import build_losses, teaches
 from .weighting import Weighting
 
@@ -74,6 +74,7 @@ class Distiller(nn.Module):
             classifiers, or of anything else that returns them. `TopKKLLoss` takes the teacher's
             `top_k` likeliest next tokens. The latter two also without a teacher, from what the
             batches hold of it: "teacher_logits", or "teacher_indices" and "teacher_logprobs".
+            Likewise `feature`, with explicit pairs and "teacher_state_<layer>" [B, T, D].
         top_k: of a `TopKKLLoss` with a teacher.
         weighting: weights that change from step to step; None leaves them as they are.
         task_weight: weight of L_task, >= 0.
@@ -132,7 +133,8 @@ class Distiller(nn.Module):
                     check_lm_head(model)
         self.output = output
         if teacher is None:
-            losses = [("feature", feature), ("attention", attention)]
+            losses = [("attention", attention)]
+            losses += [("feature", feature)] if isinstance(mapping, str) else []
             losses += [] if isinstance(output, LogitKLLoss | TopKKLLoss) else [("output", output)]
             for name, loss in losses:
                 if loss is not None:
@@ -140,6 +142,9 @@ class Distiller(nn.Module):
                         f"{name} must come with a teacher: got teacher=None; pass a teacher, or "
                         f"drop {name} to train on labels alone."
                     )
+            if feature is not None:
+                self.feature, self.pairs = feature, list(mapping)
+                _check_pairs("feature", feature, self.pairs)
             return
         teacher.requires_grad_(False).eval()
         if output is not None and feature is None and attention is None:
@@ -280,7 +285,8 @@ class Distiller(nn.Module):
         stored, batch = take_stored(batch)
         with unsharded(self.teacher):
             if self.teacher is None:
-                their_output = stored
+                their_output, layers = stored, {theirs for _, theirs in self.pairs}
+                their_states = stored_states(stored, layers)
             else:
                 with torch.no_grad(), self._capture(1) as (their_states, their_inputs):
                     their_output = self._run(self.teacher, batch)

@@ -1,6 +1,6 @@
 """The term of predictions: two models' next tokens or logits, or what was stored of a teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,9 @@ from .batch import check_tokens
 from .lm_head import find_lm_head
 from .losses import LinearKLLoss, LogitKLLoss, TopKKLLoss
 
-# What batches hold of a teacher that is not there.
-STORED = ("teacher_indices", "teacher_logprobs", "teacher_logits")
+# What batches hold of a teacher that is not there begins with this, as "teacher_logits" [B, C],
+# "teacher_indices" and "teacher_logprobs" [B, T, k], "teacher_state_3" [B, T, D] of layer 3.
+_STORED = "teacher_"
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,13 @@ class TopEntries:
 
 def take_stored(batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What a batch holds of a teacher, and the rest."""
-    stored = {name: value for name, value in batch.items() if name in STORED}
-    return stored, {name: value for name, value in batch.items() if name not in STORED}
+    stored = {name: value for name, value in batch.items() if name.startswith(_STORED)}
+    return stored, {name: value for name, value in batch.items() if name not in stored}
+
+
+def stored_states(stored: Mapping[str, Tensor], layers: Iterable[int]) -> dict[int, Tensor]:
+    """By layer: the hidden states that were stored of a teacher."""
+    return {layer: _stored(stored, f"teacher_state_{layer}") for layer in layers}
 
 
 def compare_outputs(
@@ -58,7 +64,8 @@ def compare_outputs(
         result = loss(ours.logits, logits, mask=mask if has_tokens else None)
         return result, "tokens" if has_tokens else "rows"
     if their_model is None:
-        compared = TopEntries(*(_stored(theirs, name) for name in STORED[:2]))
+        names = ("teacher_indices", "teacher_logprobs")
+        compared = TopEntries(*(_stored(theirs, name) for name in names))
     elif isinstance(loss, TopKKLLoss):
         compared = top_entries(their_model, theirs[0], top_k)
     else:

@@ -1,19 +1,21 @@
 """What one training is made of: data, models and losses, built from its settings and checked."""
 
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from .architectures import hidden_width, layer_count
 from .config import RunConfig
 from .data import Prepared, check_tokenizers, prepare, tokenizer_hash
 from .distiller import Distiller
 from .language_models import check_causal, check_packing
 from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
 from .teacher_cache import Identity, TeacherCache, hash_weights
-from .terms import build_output
+from .terms import build_losses, teaches
 from .weighting import Weighting
 
 
@@ -26,12 +28,11 @@ class Parts:
     teacher: nn.Module | None  # None too where its predictions are stored
     student: nn.Module
     cache: TeacherCache | None
-
-    @property
-    def models(self) -> dict[str, nn.Module]:
-        """Those there are, by role."""
-        models = {"teacher": self.teacher, "student": self.student}
-        return {role: model for role, model in models.items() if model is not None}
+    # What `Distiller` takes: the map of layers and the losses; empty without a teacher.
+    losses: Mapping[str, Any]
+    # Of "teacher" and "student": blocks, and features of a hidden state.
+    layers: dict[str, int]
+    widths: dict[str, int]
 
 
 def build(config: RunConfig) -> Parts:
@@ -54,8 +55,9 @@ def build(config: RunConfig) -> Parts:
     torch.manual_seed(config.train.seed)  # of what is drawn for the student
     teacher = None if config.teacher is None else load_teacher(config, prepared.labels)
     student = make_student(config, teacher, prepared.labels)
-    parts = Parts(tokenizer, prepared, teacher, student, None)
-    for role, model in parts.models.items():
+    models = {"teacher": teacher, "student": student}
+    models = {role: model for role, model in models.items() if model is not None}
+    for role, model in models.items():
         name = f"the {role}"
         check_length(config.data, model, name)
         check_vocabulary(tokenizer, model, name)
@@ -65,11 +67,22 @@ def build(config: RunConfig) -> Parts:
             check_packing(model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-    if config.teacher_cache is None:
-        return parts
-    cache = TeacherCache(config.teacher_cache)
-    cache.check(cache_identity(config, tokenizer, prepared, teacher))
-    return dataclasses.replace(parts, teacher=None, cache=cache)
+    learns = teacher is not None and teaches(config.distill)
+    losses = build_losses(config.distill, teacher, student) if learns else {}
+    cache = None
+    if config.teacher_cache is not None:
+        cache = TeacherCache(config.teacher_cache)
+        cache.check(cache_identity(config, tokenizer, prepared, teacher, losses))
+    return Parts(
+        tokenizer,
+        prepared,
+        teacher=teacher if cache is None else None,
+        student=student,
+        cache=cache,
+        losses=losses,
+        layers={role: layer_count(model) for role, model in models.items()},
+        widths={role: hidden_width(model) for role, model in models.items()},
+    )
 
 
 def cache_identity(
@@ -77,26 +90,31 @@ def cache_identity(
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
     teacher: nn.Module,
+    losses: Mapping[str, Any],
 ) -> Identity:
     """What a cache of this training's teacher is made of."""
+    pairs = losses["mapping"] if losses.get("feature") is not None else []
+    needs_tokens = config.task == "causal_lm" and losses.get("output") is not None
     return Identity(
         task=config.task,
         teacher=hash_weights(teacher),
         tokenizer=tokenizer_hash(tokenizer),
         data=prepared.fingerprint,
         rows=len(prepared.train),
-        top_k=config.distill.top_k if config.task == "causal_lm" else None,
+        top_k=config.distill.top_k if needs_tokens else None,
+        layers=sorted({theirs for _, theirs in pairs}),
+        dtype=config.teacher_cache_dtype,
     )
 
 
 def make_distiller(config: RunConfig, parts: Parts) -> Distiller:
     """Teacher, student and losses as one module."""
-    if parts.cache is None:
-        return Distiller.from_config(parts.teacher, parts.student, config.distill)
     return Distiller(
-        None,
+        parts.teacher if parts.losses else None,
         parts.student,
-        output=build_output(config.distill, parts.student),
+        **parts.losses,
+        attention_mapping=config.distill.attention_mapping,
+        top_k=config.distill.top_k or 0,
         weighting=Weighting(config.distill.schedules, config.distill.balance),
         task_weight=config.distill.task_weight,
     )

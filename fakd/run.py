@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .architectures import hidden_width, layer_count
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .config_file import ConfigError, differences, fingerprint, load_config, to_yaml
@@ -146,9 +145,13 @@ def run(
             student=checkpoints.verified(last)["scores"],
             best_step=checkpoints.verified(best)["step"],
             steps=len(planned),
-            parameters={name: _parameters(model) for name, model in parts.models.items()},
-            layers={name: layer_count(model) for name, model in parts.models.items()},
-            widths={name: hidden_width(model) for name, model in parts.models.items()},
+            parameters={
+                role: sum(parameter.numel() for parameter in model.parameters())
+                for role, model in (("teacher", parts.teacher), ("student", parts.student))
+                if model is not None
+            },
+            layers=parts.layers,
+            widths=parts.widths,
             pairs=distiller.pairs,
             seconds=time.perf_counter() - began,
             environment=environment(),
@@ -251,10 +254,6 @@ def _baseline(
 
 def _evaluate(model: nn.Module, parts: Parts, accelerator: Accelerator) -> Evaluation:
     return evaluate(model, parts.prepared, parts.tokenizer, accelerator=accelerator)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _save_student(student: nn.Module, state: dict, parts: Parts, output: Path) -> None:

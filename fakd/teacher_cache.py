@@ -1,4 +1,4 @@
-"""A teacher's predictions on the training rows, stored once: the teacher need not run again.
+"""What a teacher makes of the training rows, stored once: it need not run again.
 
 <folder>/rows-00000.safetensors   entries of many rows, one behind the other
          manifest.json            what they were made of, and the digest of every shard
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
 from .batch import accepted_entries, argument_names
+from .capture import capture_hidden_states
 from .config_file import ConfigError
 from .data import lengths
 from .files import digest, sync, write_whole
@@ -30,6 +32,7 @@ from .outputs import top_entries
 MANIFEST = "manifest.json"
 _TOKENS_PER_SHARD = 1 << 20
 _BYTES_PER_ENTRY = 8  # an int32 and a float32
+_TOP_ENTRIES = ("teacher_indices", "teacher_logprobs")
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,11 @@ class Identity:
     tokenizer: str  # a hash
     data: str  # `Prepared.fingerprint`
     rows: int
-    # Entries per token; None: logits of a classifier.
+    # Entries per token that a language model predicts; None stores none, of a classifier logits.
     top_k: int | None
+    # Whose hidden states are stored, ascending, and in which dtype.
+    layers: Sequence[int]
+    dtype: str
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -54,11 +60,12 @@ def hash_weights(model: nn.Module) -> str:
     return total.hexdigest()[:16]
 
 
-def size_bytes(rows: Dataset, identity: Identity, classes: int | None) -> int:
-    """What a cache of these rows takes on disk."""
-    if identity.top_k is None:
-        return len(rows) * (classes or 1) * 4
-    return int(lengths(rows).sum()) * identity.top_k * _BYTES_PER_ENTRY
+def size_bytes(rows: Dataset, identity: Identity, classes: int | None, width: int) -> int:
+    """What a cache of these rows, and of a teacher so wide, takes on disk."""
+    state = width * getattr(torch, identity.dtype).itemsize
+    per_token = (identity.top_k or 0) * _BYTES_PER_ENTRY + len(identity.layers) * state
+    per_row = (classes or 1) * 4 if identity.task == "classification" else 0
+    return int(lengths(rows).sum()) * per_token + len(rows) * per_row
 
 
 @torch.no_grad()
@@ -100,7 +107,7 @@ def write_cache(
                     rows,
                     range(start, min(last, start + batch_rows)),
                     collator,
-                    identity.top_k,
+                    identity,
                     device,
                 )
                 for start in range(first, last, batch_rows)
@@ -144,6 +151,7 @@ class TeacherCache:
                     f"in {folder}; run fakd cache-teacher again."
                 )
             self._shards.append((file["first"], file["last"], path))
+        self._states: set[str] = set()
         self._open: dict[Path, tuple[object, list[int]]] = {}
 
     def check(self, expected: Identity) -> None:
@@ -153,6 +161,12 @@ class TeacherCache:
             ConfigError: naming all that differs.
         """
         ours, theirs = asdict(expected), asdict(self.identity)
+        # One with more than is needed serves.
+        if set(ours["layers"]) <= set(theirs["layers"]):
+            ours["layers"] = theirs["layers"]
+        if not ours["layers"]:
+            ours["dtype"] = theirs["dtype"]
+        self._states = {f"teacher_state_{layer}" for layer in expected.layers}
         changed = [
             f"{name}: {ours[name]}, was {theirs[name]}"
             for name in ours
@@ -165,15 +179,20 @@ class TeacherCache:
             )
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:
-        """What is stored of a row: "teacher_logits" [C], or [T, k] of indices and logprobs."""
+        """What is stored of a row: "teacher_logits" [C], or [T, k] of indices and logprobs; and
+        "teacher_state_<layer>" [T, D] of the layers that were checked for."""
         first, _, path = next(s for s in self._shards if s[0] <= row < s[1])
         if path not in self._open:
             file = safe_open(path, framework="pt")
-            self._open[path] = file, [0, *file.get_tensor("counts").cumsum(0).tolist()]
+            self._open[path] = file, [0, *file.get_tensor("tokens").cumsum(0).tolist()]
         file, ends = self._open[path]
-        part = slice(ends[row - first], ends[row - first + 1])
-        entries = {n: file.get_slice(n)[part] for n in file.keys() if n != "counts"}  # noqa: SIM118
-        return {n: e[0] if n == "teacher_logits" else e for n, e in entries.items()}
+        part, entries = slice(ends[row - first], ends[row - first + 1]), {}
+        for name in file.keys():  # noqa: SIM118
+            if name == "teacher_logits":
+                entries[name] = file.get_slice(name)[row - first]
+            elif name in self._states or name in _TOP_ENTRIES:
+                entries[name] = file.get_slice(name)[part]
+        return entries
 
 
 class RowsWithTeacher(TorchDataset):
@@ -192,24 +211,29 @@ class RowsWithTeacher(TorchDataset):
 def collate_with_teacher(
     collator: Callable[[list[dict]], dict[str, Tensor]],
 ) -> Callable[[list[dict]], dict[str, Tensor]]:
-    """A collator of such rows: entries of tokens padded to the batch, unused indices -1."""
+    """A collator of such rows: entries of tokens lie where the tokens do, unused indices are -1."""
 
     def collate(rows: Sequence[dict]) -> dict[str, Tensor]:
         names = [name for name in rows[0] if name.startswith("teacher_")]
         batch = collator([{k: v for k, v in row.items() if k not in names} for row in rows])
+        mask = _token_mask(batch)
         for name in names:
             parts = [row[name] for row in rows]
-            if name != "teacher_logits":
-                fill = -1 if name == "teacher_indices" else 0
-                tokens = batch["input_ids"].shape[1]
-                parts = [
-                    nn.functional.pad(part, (0, 0, 0, tokens - len(part)), value=fill)
-                    for part in parts
-                ]
-            batch[name] = torch.stack(parts)
+            if name == "teacher_logits":
+                batch[name] = torch.stack(parts)
+                continue
+            values = torch.cat(parts)
+            fill = -1 if name == "teacher_indices" else 0
+            batch[name] = values.new_full((*mask.shape, *values.shape[1:]), fill)
+            batch[name][mask] = values
         return batch
 
     return collate
+
+
+def _token_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """[B, T]: where tokens lie; packed blocks have no mask, and no padding."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def _plan_shards(tokens: list[int]) -> list[tuple[int, int]]:
@@ -228,27 +252,32 @@ def _predict(
     rows: Dataset,
     indices: range,
     collator: Callable,
-    top_k: int | None,
+    identity: Identity,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Entries of some rows, one behind the other; `counts` says how many each has."""
+    """Entries of some rows, one behind the other; `tokens` says how many each has."""
     batch = send_to_device(collator([rows[index] for index in indices]), device)
     batch.pop("labels", None)
-    model = teacher if top_k is None else teacher.base_model
+    is_lm = identity.task == "causal_lm"
+    model = teacher.base_model if is_lm else teacher
     entries = accepted_entries(model, batch, others=(teacher,))
     if "use_cache" in argument_names(model):
         entries["use_cache"] = False
-    output = model(**entries)
-    if top_k is None:
-        ones = torch.ones(len(indices), dtype=torch.int64)
-        return {"teacher_logits": output.logits.float().cpu(), "counts": ones}
-    found = top_entries(teacher, output[0], top_k)
-    counts = torch.full((len(indices),), output[0].shape[1], dtype=torch.int64)
-    return {
-        "teacher_indices": found.indices.flatten(0, 1).int().cpu(),
-        "teacher_logprobs": found.logprobs.flatten(0, 1).cpu(),
-        "counts": counts,
-    }
+    layers = identity.layers
+    with capture_hidden_states(teacher, layers) if layers else nullcontext({}) as states:
+        output = model(**entries)
+    mask = _token_mask(batch)
+    found = {"tokens": mask.sum(1)}
+    if not is_lm:
+        found["teacher_logits"] = output.logits.float()
+    elif identity.top_k is not None:
+        top = top_entries(teacher, output[0], identity.top_k)
+        found["teacher_indices"] = top.indices[mask].int()
+        found["teacher_logprobs"] = top.logprobs[mask]
+    dtype = getattr(torch, identity.dtype)
+    for layer, state in states.items():
+        found[f"teacher_state_{layer}"] = state[mask].to(dtype)
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def _is_written(path: Path, origin: Mapping[str, str]) -> bool:

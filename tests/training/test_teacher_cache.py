@@ -1,5 +1,6 @@
 """A stored teacher teaches what the teacher itself does, and no other training."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from fakd.cli import app
 from fakd.config_file import load_config
 from fakd.data import collate, prepare
-from fakd.teacher_cache import TeacherCache
+from fakd.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher
 from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
 
 
@@ -69,15 +70,27 @@ def caches(assets, tmp_path_factory):
         result, shown = run("cache-teacher", assets, task, f"teacher_cache={folders[task]}")
         assert result.exit_code == 0, shown
         assert "will hold 0.0 MB" in shown
+        folders[f"{task} with states"] = folders[task].parent / "states"
+        values = [f"teacher_cache={folders[f'{task} with states']}", *STATES]
+        result, shown = run("cache-teacher", assets, task, *values)
+        assert result.exit_code == 0, shown
     return folders
 
 
+STATES = ["distill.beta=1", "distill.delta=0.5"]
+
+
+@pytest.mark.parametrize("more", [[], STATES, [*STATES, "distill.alpha=0"]])
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
-def test_training_from_the_cache_is_training_with_the_teacher(assets, caches, tmp_path, task):
+def test_training_from_the_cache_is_training_with_the_teacher(assets, caches, tmp_path, task, more):
     online, offline = tmp_path / "online", tmp_path / "offline"
-    result, shown = run("train", assets, task, f"output={online}")
+    result, shown = run("train", assets, task, f"output={online}", *more)
     assert result.exit_code == 0, shown
-    values = [f"output={offline}", f"teacher_cache={caches[task]}"]
+    cache = caches[f"{task} with states" if more else task]
+    if "distill.alpha=0" in more and task == "causal_lm":
+        cache = tmp_path / "states alone"
+        assert run("cache-teacher", assets, task, f"teacher_cache={cache}", *more)[0].exit_code == 0
+    values = [f"output={offline}", f"teacher_cache={cache}", *more]
     result, shown = run("train", assets, task, *values)
     assert result.exit_code == 0, shown
     ours, theirs = (load_file(f / "student" / "model.safetensors") for f in (offline, online))
@@ -88,8 +101,11 @@ def test_training_from_the_cache_is_training_with_the_teacher(assets, caches, tm
         [json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()]
         for f in (offline, online)
     ]
-    assert logs[0][-1]["soft"] == pytest.approx(logs[1][-1]["soft"], rel=1e-3)
-    assert logs[0][-1]["soft"] > 0
+    terms = [name for name in ("soft", "cosine", "euclidean") if name in logs[1][-1]]
+    assert len(terms) == (1 if not more else 3 if len(more) == 2 else 2)
+    for term in terms:
+        assert logs[0][-1][term] == pytest.approx(logs[1][-1][term], rel=1e-3)
+        assert logs[0][-1][term] > 0
     results = [json.loads((f / "results.json").read_text()) for f in (offline, online)]
     assert results[0]["teacher"] == results[1]["teacher"]
 
@@ -109,6 +125,48 @@ def test_entries_are_the_teachers_own(assets, caches):
     assert tokens["teacher_indices"].shape == tokens["teacher_logprobs"].shape == (12, 5)
     assert (tokens["teacher_logprobs"].exp().sum(1) <= 1 + 1e-5).all()
     assert (tokens["teacher_logprobs"].diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_states_lie_where_the_tokens_do(assets, caches, side):
+    cache = TeacherCache(caches["classification with states"])
+    assert list(cache.identity.layers) == [2, 4]
+    cache.check(dataclasses.replace(cache.identity, layers=[4]))  # it may hold more
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side = side
+    prepared = prepare(
+        load_config(assets / "classification.yaml").data, "classification", tokenizer
+    )
+    collator = collate_with_teacher(collate(tokenizer, "classification"))
+    rows = RowsWithTeacher(prepared.train, cache)
+    batch = collator([rows[index] for index in (0, 5, 7)])
+    assert "teacher_state_2" not in batch
+    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "classification").eval()
+    entries = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    mask = entries["attention_mask"].bool()
+    assert not mask.all()
+    if side == "right":  # positions move with the padding otherwise
+        with torch.no_grad():
+            states = teacher(**entries, output_hidden_states=True).hidden_states[4]
+        torch.testing.assert_close(batch["teacher_state_4"][mask], states[mask])
+    assert (batch["teacher_state_4"][~mask] == 0).all()
+    for place, index in enumerate((0, 5, 7)):
+        stored = cache[index]["teacher_state_4"]
+        assert torch.equal(batch["teacher_state_4"][place][mask[place]], stored)
+
+
+def test_states_in_half_the_bytes(assets, caches, tmp_path):
+    values = [f"teacher_cache={tmp_path}", "teacher_cache_dtype=bfloat16", *STATES]
+    result, shown = run("cache-teacher", assets, "causal_lm", *values)
+    assert result.exit_code == 0, shown
+    name = "teacher_state_2"
+    half, whole = (
+        load_file(folder / "rows-00000.safetensors")[name]
+        for folder in (tmp_path, caches["causal_lm with states"])
+    )
+    assert torch.equal(half, whole.bfloat16())
+    result, shown = run("train", assets, "causal_lm", *values, f"output={tmp_path / 'run'}")
+    assert result.exit_code == 0, shown
 
 
 def test_a_cache_that_was_interrupted_goes_on(assets, caches, tmp_path):
@@ -133,7 +191,9 @@ def test_a_cache_that_was_interrupted_goes_on(assets, caches, tmp_path):
     [
         (["distill.top_k=6"], "top_k: 6, was 5"),
         (["data.max_tokens=8"], "data: "),
-        (["distill.beta=1"], "distill must learn from predictions alone"),
+        (["distill.gamma=1"], "distill must learn from predictions or hidden states"),
+        (["distill.beta=1"], "layers: [2, 4], was []"),
+        (["distill.alpha=0"], "distill must learn from predictions or hidden states"),
         (["distill.top_k=null"], "distill.top_k must be given"),
     ],
 )
