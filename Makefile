@@ -19,7 +19,7 @@ help:
 	@echo "make test      every test that needs no GPU (15 minutes)"
 	@echo "make bench     a quick benchmark with drawings (5 minutes)"
 	@echo "make bench-all the benchmark tables (20 minutes)"
-	@echo "make bench-gpu on a card: tests of its engines, then the benchmark tables"
+	@echo "make bench-gpu on a card: tests of its engines, tuning, the benchmark tables"
 	@echo "make lint      ruff, as the tests run it"
 
 $(BIN)/python:
@@ -64,6 +64,7 @@ bench-all: $(VENV)/.bench
 bench-gpu: $(VENV)/.bench
 	$(BIN)/python -c "import torch; torch.cuda.init()"
 	$(BIN)/python -m pytest tests/kernels -m gpu
+	$(BIN)/python -m benchmarks.tune
 	$(BIN)/python -m benchmarks.run --device cuda --plots outputs/bench-gpu
 
 lint: $(VENV)/.installed

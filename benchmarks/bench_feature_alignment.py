@@ -7,39 +7,37 @@ with one it is the three products of the direct route, P = X W^T, dX = P W, dW =
 (6 N Ds Dt FLOPs), likewise into memory that exists.
 """
 
-import functools
-
-import pytest
 import torch
 
 from fakd_kernels import feature_alignment
 from fakd_kernels.ops.feature_alignment import feature_alignment_reference
-from tests.support.accuracy import assert_accurate
 
-from .harness import DTYPES, Row, Step, contenders, extra_peak_mb, in_fresh_process, interleave
+from .device import device
+from .harness import DTYPES, Step, compiled
 from .shapes import FEATURE_SHAPES, FeatureShape
 
+OP = "feature_alignment"
 SHAPES = FEATURE_SHAPES
 TIMED = tuple(DTYPES)
+RIVALS = ("eager", "compiled", "limit")
 
 
-def make_inputs(shape: FeatureShape, dtype: str) -> tuple[list, list, list]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"device": device, "dtype": DTYPES[dtype]}
-    generator = torch.Generator(device).manual_seed(0)
+def make_inputs(shape: FeatureShape, dtype: torch.dtype) -> tuple[list, list, list]:
+    """Students, teachers and projections."""
+    options = {"device": device(), "dtype": dtype}
+    generator = torch.Generator(device()).manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, **options)
+
     students, teachers, weights = [], [], []
     for _ in range(shape.pairs):
-        x = torch.randn(shape.rows, shape.student_width, generator=generator, **options)
-        students.append(x.requires_grad_())
-        teachers.append(
-            torch.randn(shape.rows, shape.teacher_width, generator=generator, **options)
-        )
+        students.append(draw(shape.rows, shape.student_width).requires_grad_())
+        teachers.append(draw(shape.rows, shape.teacher_width))
         w = None
         if shape.is_projected:
-            w = torch.randn(
-                shape.teacher_width, shape.student_width, generator=generator, **options
-            )
-            w = (w / shape.student_width**0.5).requires_grad_()
+            w = draw(shape.teacher_width, shape.student_width) / shape.student_width**0.5
+            w.requires_grad_()
         weights.append(w)
     return students, teachers, weights
 
@@ -47,48 +45,27 @@ def make_inputs(shape: FeatureShape, dtype: str) -> tuple[list, list, list]:
 def eager(students, teachers, weights) -> torch.Tensor:
     none = [None] * len(students)
     pairs = [1 / len(students)] * len(students)
-    return feature_alignment_reference(students, teachers, weights, none, none, pair_weights=pairs)[
-        0
-    ]
+    options = {"pair_weights": pairs}
+    return feature_alignment_reference(students, teachers, weights, none, none, **options)[0]
 
 
-@functools.cache
-def compiled():
-    return torch.compile(eager, dynamic=False)
+def loss(contender: str, shape: FeatureShape, inputs: tuple) -> torch.Tensor:
+    if contender in ("eager", "compiled"):
+        return (eager if contender == "eager" else compiled(eager))(*inputs)
+    return feature_alignment(*inputs, engine=contender).loss
 
 
-def make_step(contender: str, shape_name: str, dtype: str) -> Step:
-    """One forward and backward, returning the loss and the gradients."""
-    shape = FEATURE_SHAPES[shape_name]
-    students, teachers, weights = make_inputs(shape, dtype)
-    if contender == "limit":
-        return _limit(students, teachers, weights)
-    leaves = students + [w for w in weights if w is not None]
-
-    def step():
-        if contender == "eager":
-            loss = eager(students, teachers, weights)
-        elif contender == "compiled":
-            loss = compiled()(students, teachers, weights)
-        else:
-            loss = feature_alignment(students, teachers, weights, engine=contender).loss
-        return loss, *torch.autograd.grad(loss, leaves)
-
-    return step
-
-
-def _limit(students, teachers, weights) -> Step:
-    xs = [x.detach() for x in students]
-    ws = [None if w is None else w.detach() for w in weights]
+def limit(shape: FeatureShape, inputs: tuple) -> Step:
+    xs, ts, ws = inputs
     outs = [torch.empty_like(x) for x in xs]
-    if ws[0] is None:
+    if not shape.is_projected:
 
         def copy():
-            for x, t, out in zip(xs, teachers, outs, strict=True):
+            for x, t, out in zip(xs, ts, outs, strict=True):
                 torch.add(x, t, out=out)
 
         return copy
-    block = torch.empty_like(teachers[0])
+    block = torch.empty_like(ts[0])
     grads = [torch.empty_like(w) for w in ws]
 
     def products():
@@ -100,47 +77,11 @@ def _limit(students, teachers, weights) -> Step:
     return products
 
 
-def check(shape_name: str, dtype: str, contender: str) -> None:
-    """No number on red: value and gradients by the accuracy rule, on the shape that is timed."""
-    got = make_step(contender, shape_name, dtype)()
-    reference = make_step("eager", shape_name, dtype)()
-    students, teachers, weights = make_inputs(FEATURE_SHAPES[shape_name], dtype)
-
-    def double(tensors):
-        return [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-
-    students, teachers, weights = double(students), double(teachers), double(weights)
-    loss = eager(students, teachers, weights)
-    truth = (loss, *torch.autograd.grad(loss, students + [w for w in weights if w is not None]))
-    for index, values in enumerate(zip(got, truth, reference, strict=True)):
-        assert_accurate(f"result {index}", *values, torch.float32 if index == 0 else DTYPES[dtype])
+def gflop(shape: FeatureShape) -> float:
+    area = shape.student_width * shape.teacher_width if shape.is_projected else 0
+    return 6 * shape.pairs * shape.rows * area / 1e9
 
 
-def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
-    shape = FEATURE_SHAPES[shape_name]
-    names = contenders()
-    in_fresh_process(check, shape_name, dtype, names[0])
-    times = interleave({name: make_step(name, shape_name, dtype) for name in names}, seconds)
-    elements = shape.pairs * shape.rows * shape.student_width
-    product = 2 * elements * shape.teacher_width if shape.is_projected else 0
-    width = 4 if dtype == "float32" else 2
-    return Row(
-        op="feature_alignment",
-        shape=shape_name,
-        dtype=dtype,
-        times_ms=times,
-        extra_peak_mb={
-            name: extra_peak_mb(__name__, name, shape_name, dtype) for name in names[:3]
-        },
-        gflop=3 * product / 1e9,
-        moved_mb=width * (2 * elements + shape.pairs * shape.rows * shape.teacher_width) / 1e6,
-        goals=list(shape.goals) if dtype == "float32" and not torch.cuda.is_available() else [],
-    )
-
-
-@pytest.mark.parametrize("contender", ["fakd", "eager", "limit"])
-@pytest.mark.parametrize("shape_name", FEATURE_SHAPES)
-def test_feature_alignment(benchmark, shape_name, contender):
-    """The pytest-benchmark view of the same steps: pytest benchmarks/bench_feature_alignment.py."""
-    name = contenders()[0] if contender == "fakd" else contender
-    benchmark.pedantic(make_step(name, shape_name, "float32"), rounds=5, warmup_rounds=2)
+def moved_bytes(shape: FeatureShape, itemsize: int) -> int:
+    """Reads X and T, writes dX."""
+    return itemsize * shape.pairs * shape.rows * (2 * shape.student_width + shape.teacher_width)

@@ -22,25 +22,21 @@ from transformers import (
 
 from fakd import DistillConfig, Distiller
 
-from .harness import (
-    FLOAT32_ON_CPU,
-    Row,
-    Step,
-    contenders,
-    extra_peak_mb,
-    in_fresh_process,
-    interleave,
-)
+from .device import device
+from .harness import DTYPES, Step, float32_on_cpu
 from .shapes import STEP_SHAPES, StepShape
 
+OP = "train_step"
 SHAPES = STEP_SHAPES
-TIMED = FLOAT32_ON_CPU
+TIMED = float32_on_cpu()
+RIVALS = ("eager", "limit")
 TERMS = DistillConfig(alpha=1.0, beta=1.0, gamma=0.5, delta=1.0, temperature=2.0)
 _CLASSES = 8
 
 
-def make_model(shape: StepShape, side: int, attention: str) -> PreTrainedModel:
+def make_model(shape: StepShape, side: int, attention: str, dtype: str) -> PreTrainedModel:
     """The student (side 0) or the teacher, without dropout."""
+    options = {"device": device(), "dtype": DTYPES[dtype]}
     sizes = {
         "num_hidden_layers": shape.layers[side],
         "hidden_size": shape.widths[side],
@@ -50,21 +46,19 @@ def make_model(shape: StepShape, side: int, attention: str) -> PreTrainedModel:
         "attn_implementation": attention,
     }
     torch.manual_seed(side)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if shape.key_heads is not None:
         config = LlamaConfig(
             num_key_value_heads=shape.key_heads, tie_word_embeddings=True, use_cache=False, **sizes
         )
-        return LlamaForCausalLM(config).to(device)
+        return LlamaForCausalLM(config).to(**options)
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(num_labels=_CLASSES, **rates, **sizes)
-    return BertForSequenceClassification(config).to(device)
+    return BertForSequenceClassification(config).to(**options)
 
 
 def make_batch(shape: StepShape) -> dict[str, Tensor]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-    options = {"generator": generator, "device": device}
+    generator = torch.Generator(device()).manual_seed(0)
+    options = {"generator": generator, "device": device()}
     ids = torch.randint(shape.vocabulary, (shape.batch, shape.tokens), **options)
     labels = ids if shape.key_heads else torch.randint(_CLASSES, (shape.batch,), **options)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
@@ -117,9 +111,9 @@ class BareStep(nn.Module):
 
 
 @functools.cache
-def make_module(contender: str, shape_name: str) -> nn.Module:
+def make_module(contender: str, shape_name: str, dtype: str) -> nn.Module:
     shape = SHAPES[shape_name]
-    models = [make_model(shape, side, "sdpa") for side in (0, 1)]
+    models = [make_model(shape, side, "sdpa", dtype) for side in (0, 1)]
     if contender == "limit":
         return BareStep(*models)
     torch.manual_seed(2)  # of the projections
@@ -128,14 +122,17 @@ def make_module(contender: str, shape_name: str) -> nn.Module:
     mapping = [(layer, layer * theirs // ours) for layer in range(1, ours)]
     terms = dataclasses.replace(TERMS, mapping=mapping)
     distiller = Distiller.from_config(models[1], models[0], terms)
+    distiller.to(DTYPES[dtype])  # the projections too
     if contender != "eager":
         return distiller.train()
-    return EagerDistiller(distiller, *[make_model(shape, side, "eager") for side in (0, 1)])
+    models = [make_model(shape, side, "eager", dtype) for side in (0, 1)]
+    return EagerDistiller(distiller, *models)
 
 
 def make_step(contender: str, shape_name: str, dtype: str) -> Step:
     """One forward and backward, returning the loss and the gradients by name."""
-    module, batch = make_module(contender, shape_name), make_batch(SHAPES[shape_name])
+    module = make_module(contender, shape_name, dtype)
+    batch = make_batch(SHAPES[shape_name])
 
     def step() -> tuple[Tensor, dict[str, Tensor]]:
         module.zero_grad()
@@ -148,10 +145,10 @@ def make_step(contender: str, shape_name: str, dtype: str) -> Step:
     return step
 
 
-def check(shape_name: str, dtype: str, contender: str) -> None:
-    """No number on red: the loss and every gradient are those of eager."""
-    got, gradients = make_step(contender, shape_name, dtype)()
-    truth, expected = make_step("eager", shape_name, dtype)()
+def check(contender: str, shape_name: str, dtype: str) -> None:
+    """No number on red: in float32 the loss and every gradient are those of eager."""
+    got, gradients = make_step(contender, shape_name, "float32")()
+    truth, expected = make_step("eager", shape_name, "float32")()
     torch.testing.assert_close(got, truth, rtol=1e-4, atol=0)
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
@@ -159,19 +156,9 @@ def check(shape_name: str, dtype: str, contender: str) -> None:
         assert error < 1e-3, f"{name}: {error:.2e}"
 
 
-def run(shape_name: str, dtype: str = "float32", seconds: float = 8.0) -> Row:
-    engine = contenders()[0]
-    in_fresh_process(check, shape_name, dtype, engine)
-    names = (engine, "eager", "limit")
-    times = interleave({n: make_step(n, shape_name, dtype) for n in names}, 2 * seconds, least=5)
-    return Row(
-        op="train_step",
-        shape=shape_name,
-        dtype=dtype,
-        times_ms=times,
-        extra_peak_mb={
-            name: extra_peak_mb(__name__, name, shape_name, dtype) for name in names[:2]
-        },
-        gflop=0.0,
-        moved_mb=0.0,
-    )
+def gflop(shape: StepShape) -> float:
+    return 0.0
+
+
+def moved_bytes(shape: StepShape, itemsize: int) -> int:
+    return 0

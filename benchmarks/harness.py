@@ -1,37 +1,43 @@
-"""Measuring: checked before timed, interleaved, medians with spread, peak memory, and a record.
+"""Measuring: checked before timed, interleaved, medians with spread, and peak memory.
 
 Each case has a fresh process, where its contenders run in turn, round by round, so that a machine
 that drifts is unkind to all of them alike; a ratio is the ratio of medians of one run. Peak memory
 is measured in a fresh process per contender.
+
+A bench module declares what is measured: OP, SHAPES, TIMED (dtypes), RIVALS (contenders beside the
+engines, "eager" and "limit" among them), make_inputs(shape, dtype), loss(contender, shape, inputs),
+limit(shape, inputs), gflop(shape), moved_bytes(shape); where it needs to, rivals_of(shape),
+smaller(shape) to check on, limit_factor(shape), and its own make_step and check.
 """
 
-import datetime
+import functools
 import importlib
-import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fakd_kernels import engines
+from tests.support.accuracy import assert_accurate
+
+from . import base
+from .device import is_cuda, synchronize
 
 T = TypeVar("T")
 Step = Callable[[], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# For ops whose C++ engine computes in float32 whatever it is given; a GPU has half precision.
-FLOAT32_ON_CPU = tuple(DTYPES) if torch.cuda.is_available() else ("float32",)
-
-RESULTS = Path(__file__).parent / "results"
+UNTIMED_MEMORY = ("limit", "not causal", "base")  # bounds, and what another process computes
+# Cold caches: between two timed steps this much is written, more than any card's L2 holds.
+FLUSH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One measured case of one op."""
+    """One measured case of one op; the first contender is the engine that fakd chooses."""
 
     op: str
     shape: str
@@ -60,29 +66,154 @@ class Row:
         return self.times_ms[against]["median"] / self.times_ms[contender]["median"]
 
 
-def contenders() -> tuple[str, ...]:
-    """The engine of this device, and what it is compared with."""
-    engine = "triton" if torch.cuda.is_available() else "cpu"
-    if not engines()[engine].is_usable:
-        raise RuntimeError(f"engine {engine} must be usable: {engines()[engine].reason}.")
-    return (engine, "eager", "compiled", "limit")
+@dataclass(frozen=True)
+class Plan:
+    """How a case is measured."""
+
+    seconds: float = 8.0
+    is_quick: bool = False  # memory of fakd and eager only
+    base: Path | None = None  # a built checkout of another commit, one more contender
+    with_reference: bool = False  # the reference engine, one more contender
 
 
-def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 7) -> dict:
+def float32_on_cpu() -> tuple[str, ...]:
+    """For ops whose C++ engine computes in float32 whatever it is given."""
+    return tuple(DTYPES) if is_cuda() else ("float32",)
+
+
+def engines_here() -> tuple[str, ...]:
+    """The usable engines of this device, in the order in which they are asked."""
+    names = ("cuda", "triton") if is_cuda() else ("cpu",)
+    usable = tuple(name for name in names if engines()[name].is_usable)
+    if not usable:
+        reasons = "; ".join(engines()[name].reason for name in names)
+        raise RuntimeError(f"an engine must be usable on this device: {reasons}.")
+    return usable
+
+
+@functools.cache
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    return torch.compile(function, dynamic=False)
+
+
+def shape_of(bench: ModuleType, shape):
+    return bench.SHAPES[shape] if isinstance(shape, str) else shape
+
+
+def make_step(bench: ModuleType, contender: str, shape, dtype: str, is_double=False) -> Step:
+    """One forward and backward, returning the loss and the gradients; shape or name of a shape."""
+    if hasattr(bench, "make_step"):
+        return bench.make_step(contender, shape, dtype)
+    shape = shape_of(bench, shape)
+    inputs = bench.make_inputs(shape, DTYPES[dtype])
+    if contender == "limit":
+        with torch.no_grad():
+            return torch.no_grad()(bench.limit(shape, inputs))
+    if is_double:
+        inputs = tree_map(_double, inputs)
+    leaves = [t for t in tree_flatten(inputs)[0] if t is not None and t.requires_grad]
+
+    def step():
+        loss = bench.loss(contender, shape, inputs)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    return step
+
+
+def _double(tensor):
+    if tensor is None or not tensor.is_floating_point():
+        return tensor
+    return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+
+def check(module: str, contender: str, shape_name: str, dtype: str) -> None:
+    """No number on red: value and gradients by the accuracy rule of the tests."""
+    bench = importlib.import_module(module)
+    if hasattr(bench, "check"):
+        return bench.check(contender, shape_name, dtype)
+    shape = shape_of(bench, shape_name)
+    shape = bench.smaller(shape) if hasattr(bench, "smaller") else shape
+    got = make_step(bench, contender, shape, dtype)()
+    eager = make_step(bench, "eager", shape, dtype)()
+    truth = make_step(bench, "eager", shape, dtype, is_double=True)()
+    for index, values in enumerate(zip(got, truth, eager, strict=True)):
+        assert_accurate(f"result {index}", *values, torch.float32 if index == 0 else DTYPES[dtype])
+
+
+def engines_of(module: str, shape_name: str, dtype: str) -> list[str]:
+    """The engines that serve a case, each of them checked."""
+    if hasattr(importlib.import_module(module), "make_step"):  # whose engines are chosen freely
+        in_fresh_process(check, module, engines_here()[0], shape_name, dtype)
+        return [engines_here()[0]]
+    serving = []
+    for engine in engines_here():
+        try:
+            in_fresh_process(check, module, engine, shape_name, dtype)
+        except RuntimeError as error:
+            if "must be able to serve" not in str(error):  # what a forced engine says
+                raise
+            continue
+        serving.append(engine)
+    return serving
+
+
+def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
+    """A checked, timed case with the peak memory of its contenders; in a process of its own."""
+    bench = importlib.import_module(module)
+    shape = bench.SHAPES[shape_name]
+    ours = engines_of(module, shape_name, dtype)
+    if plan.with_reference and not hasattr(bench, "make_step"):
+        ours.append("reference")
+    rivals = bench.rivals_of(shape) if hasattr(bench, "rivals_of") else bench.RIVALS
+    names = [*ours, *rivals]
+    steps = {name: make_step(bench, name, shape_name, dtype) for name in names}
+    if plan.base is None:
+        times = interleave(steps, plan.seconds)
+    else:
+        with base.RemoteStep(plan.base, module, ours[0], shape_name, dtype) as remote:
+            times = interleave(steps | {"base": remote}, plan.seconds)
+    if "limit" in times and hasattr(bench, "limit_factor"):
+        factor = bench.limit_factor(shape)
+        times["limit"] = {name: value * factor for name, value in times["limit"].items()}
+    stored = [n for n in names if n not in UNTIMED_MEMORY]
+    if plan.is_quick:
+        stored = [ours[0], "eager"]
+    return Row(
+        op=bench.OP,
+        shape=shape_name,
+        dtype=dtype,
+        times_ms=times,
+        extra_peak_mb={n: extra_peak_mb(module, n, shape_name, dtype) for n in stored},
+        gflop=bench.gflop(shape),
+        moved_mb=bench.moved_bytes(shape, DTYPES[dtype].itemsize) / 1e6,
+        goals=list(shape.goals) if dtype == "float32" and not is_cuda() else [],
+    )
+
+
+def time_ms(step: Step) -> float:
+    """Of one call, in the process that computes it."""
+    if isinstance(step, base.RemoteStep):
+        return step.time_ms()
+    if is_cuda():
+        torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    synchronize()
+    begin = time.perf_counter()
+    step()
+    synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 5) -> dict:
     """Median, 20th and 80th percentile of each step in ms, run in turn until time is up."""
     for step in steps.values():
-        step()
-        step()
+        time_ms(step)
+        time_ms(step)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
     names = list(steps)
     while time.perf_counter() < deadline or len(samples[names[0]]) < least:
         for name in names:
-            _synchronize()
-            begin = time.perf_counter()
-            steps[name]()
-            _synchronize()
-            samples[name].append(1e3 * (time.perf_counter() - begin))
+            samples[name].append(time_ms(steps[name]))
         names = names[1:] + names[:1]
     return {name: _spread(values) for name, values in samples.items()}
 
@@ -91,21 +222,6 @@ def _spread(values: list[float]) -> dict[str, float]:
     ordered = sorted(values)
     at = lambda share: ordered[min(len(ordered) - 1, int(share * len(ordered)))]  # noqa: E731
     return {"p20": at(0.2), "median": statistics.median(ordered), "p80": at(0.8)}
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def extra_peak_mb(module: str, *arguments: object) -> float:
-    """Peak memory of one step beyond what its inputs hold, measured in a fresh process.
-
-    Args:
-        module: a bench module with `make_step(*arguments)`, which returns a step.
-        arguments: picklable.
-    """
-    return in_fresh_process(_peak_of_step, module, arguments)
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
@@ -120,15 +236,20 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def _peak_of_step(module: str, arguments: tuple) -> float:
-    step = importlib.import_module(module).make_step(*arguments)
+def extra_peak_mb(module: str, contender: str, shape, dtype: str) -> float:
+    """Peak memory of one step beyond what its inputs hold, measured in a fresh process."""
+    return in_fresh_process(_peak_of_step, module, contender, shape, dtype)
+
+
+def _peak_of_step(module: str, *case) -> float:
+    step = make_step(importlib.import_module(module), *case)
     step()  # libraries load, threads start, compilers compile
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if is_cuda():
+        synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        torch.cuda.synchronize()
+        synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     import ctypes
 
@@ -146,53 +267,3 @@ def _status_mb(name: str) -> float:
     raise RuntimeError(
         f"/proc/self/status must hold {name}: peak memory is measured on Linux only."
     )
-
-
-def environment() -> dict:
-    """What a figure depends on."""
-
-    def git(*arguments: str) -> str:
-        result = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
-        )
-        return result.stdout.strip()
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = "absent"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(
-            git("status", "--porcelain", "--", "fakd_kernels", "csrc", "benchmarks/*.py")
-        ),
-        "device": device_name(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "python": platform.python_version(),
-        "command": "python -m " + " ".join(["benchmarks.run", *sys.argv[1:]]),
-    }
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def save(rows: list[Row], path: Path, curves: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "environment": environment(),
-        "rows": [asdict(row) for row in rows],
-        "curves": curves,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")

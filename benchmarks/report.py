@@ -4,27 +4,49 @@ import json
 import re
 from pathlib import Path
 
-from .harness import RESULTS
+from .record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.report -->\n", "<!-- end -->")
-
-
-def newest() -> Path:
-    """The results file of the latest date."""
-    return max(RESULTS.glob("*.json"), key=lambda path: (path.stem[-10:], path.stem))
-
-
+NOT_YET = (
+    "On a GPU: not measured yet. [benchmarks/GPU.md](benchmarks/GPU.md) has what compilers say of\n"
+    "every kernel, and `make bench-gpu` measures on a card."
+)
 # Contenders as the table heads them; the limit is slower or faster, so its time is a factor.
-HEADINGS = {"eager": "eager", "compiled": "torch.compile", "liger": "Liger", "limit": "limit"}
+HEADINGS = {
+    "base": "base",
+    "eager": "eager",
+    "compiled": "torch.compile",
+    "liger": "Liger",
+    "reference": "reference engine",
+    "triton": "Triton engine",  # beside the CUDA engine
+    "limit": "limit",
+}
+
+
+def label_of(contender: str) -> str:
+    """A contender as drawings and curves name it."""
+    known = {name: HEADINGS[name] for name in ("base", "eager", "compiled", "liger", "limit")}
+    return known.get(contender, f"fakd ({contender})")
+
+
+def newest(device_type: str) -> Path | None:
+    """The results file of the latest date on a kind of device, None without any."""
+    paths = [
+        path
+        for path in RESULTS.glob("*-????-??-??.json")
+        if json.loads(path.read_text())["environment"].get("device_type", "cpu") == device_type
+    ]
+    return max(paths, key=lambda path: (path.stem[-10:], path.stem), default=None)
 
 
 def markdown(path: Path) -> str:
     """A table per op, a line per row: times, ratios of medians of that run, peak memory."""
     record = json.loads(path.read_text())
     where = record["environment"]
+    threads = "" if where.get("device_type") == "cuda" else f" {where['threads']} threads,"
     lines = [
-        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['device']},{threads} torch {where['torch']}, "
         f"{where['date']}, commit {where['commit']}"
         + (" with local changes" if where["dirty"] else "")
         + f" ([{path.name}](benchmarks/results/{path.name})). Ratios are of medians of one run:",
@@ -51,7 +73,9 @@ def _curve(curve: dict) -> list[str]:
 
 
 def _table(op: str, rows: list[dict]) -> list[str]:
-    others = [name for name in HEADINGS if name in rows[0]["times_ms"]]
+    firsts = {next(iter(row["times_ms"])) for row in rows}
+    present = {name for row in rows for name in row["times_ms"]}
+    others = [name for name in HEADINGS if name in present - firsts]
     headings = [f"`{op}`", "fakd", *[HEADINGS[name] for name in others], "extra peak memory"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row in rows:
@@ -60,6 +84,9 @@ def _table(op: str, rows: list[dict]) -> list[str]:
         peak = row["extra_peak_mb"]
         cells = [f"{row['shape']}, {row['dtype']}", f"{times[first]:.1f} ms"]
         for name in others:
+            if name not in times:
+                cells.append("-")
+                continue
             ratio = times[name] / times[first]
             cells.append(f"{1 / ratio:.2f}x" if name == "limit" else _in_words(ratio))
         cells.append(f"{peak[first]:.0f} MB, eager {peak['eager']:.0f} MB")
@@ -77,7 +104,9 @@ def _in_words(speedup: float) -> str:
 def render(readme: str) -> str:
     """The README with its tables written anew."""
     begin, end = map(re.escape, MARKS)
-    body = MARKS[0] + "\n" + markdown(newest()) + "\n" + MARKS[1]
+    gpu = newest("cuda")
+    parts = [markdown(newest("cpu")), NOT_YET + "\n" if gpu is None else markdown(gpu)]
+    body = MARKS[0] + "\n" + "\n".join(parts) + "\n" + MARKS[1]
     return re.sub(f"{begin}.*?{end}", lambda _: body, readme, flags=re.DOTALL)
 
 

@@ -16,11 +16,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
+from benchmarks.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE
+from benchmarks.variants import LINES, product_variants, row_variants
 from fakd_kernels import _scale
-from fakd_kernels._triton import TL_DTYPES
 from fakd_kernels.ops.feature_alignment.triton_kernel import tiles, variants
-from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic
-from tests.support.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE, check
+from tests.support.aot import check
 
 DTYPES = {
     "fp32": (torch.float32,) * 3,
@@ -31,7 +31,6 @@ DTYPES = {
 }
 WIDTHS = (64, 768, 4096, 8192)  # four, two and one row of a tile; the last wider than a tile
 FEW_WIDTHS = (768, 8192)
-LINES = 16  # layer pairs of a launch
 # Mixed operands are widened on the way to the tensor cores. mma.sync has them in registers anyway,
 # as it has float32 ones, so only the two other instructions make a difference there.
 PRODUCTS = [
@@ -47,41 +46,6 @@ ROW_KERNELS = [
     for dtypes in DTYPES
     if dtypes in ("fp32", "bf16") or capability == 90
 ]
-
-
-def product_variants(capability, dtypes):
-    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
-    for kind in ("gram", "inner", "scaled", "direct"):
-        yield kind, variants.outer_variant(kind, arithmetic, capability, LINES, True)
-    for is_teacher, name in ((True, "U"), (False, "V")):
-        yield name, variants.statistics_variant(is_teacher, arithmetic, capability, LINES, True)
-    for kind in ("project", "student", "add"):
-        yield kind, variants.product_variant(kind, arithmetic, capability, LINES, True)
-
-
-def row_variants(dtypes, widths, is_squared, is_aligned):
-    x, t, _ = dtypes
-    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
-    for width in widths:
-        block = tiles.align_block(width)
-        shape = block, width > block[1]
-        options = is_squared, LINES, is_aligned
-        yield (
-            f"align-{width}",
-            variants.align_variant(x, t, variants.grad_type(x), *shape, False, *options),
-        )
-        grad = TL_DTYPES[arithmetic.middle]
-        yield (
-            f"rows-{width}",
-            variants.align_variant(torch.float32, t, grad, *shape, True, *options),
-        )
-    yield (
-        "gram-rows",
-        variants.gram_rows_variant(
-            x, arithmetic.cancelled, not arithmetic.is_half, is_squared, LINES, is_aligned
-        ),
-    )
-    yield "column-sums", variants.column_sums_variant(t, LINES)
 
 
 # At a step of occupancy (56, 64, 80 registers) ptxas sometimes keeps one pointer of a row kernel on
@@ -101,6 +65,19 @@ def test_products_fit_and_use_tensor_cores(capability, dtypes, tmp_path):
         ptx = check(f"{name} {dtypes}", variant, capability, tmp_path).asm["ptx"]
         assert TENSOR_CORE[capability] in ptx, f"{name} {dtypes}: no {TENSOR_CORE[capability]}"
         assert "cp.async.c" in ptx, f"{name} {dtypes}: operands are not copied asynchronously"
+
+
+# On sm_100 half a tile is held to 128 registers and keeps some bytes of a thread on its stack. That
+# costs time and nothing else, and a tile is taken for its time; the first ones spill nothing.
+TUNED_SPILLS = 24
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_tiles_to_be_tuned_fit(capability, place, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "pick", lambda _, candidates: candidates[place])
+    for name, variant in product_variants(capability, DTYPES["bf16"]):
+        check(f"{name}, candidate {place}", variant, capability, tmp_path, TUNED_SPILLS)
 
 
 @pytest.mark.parametrize(("capability", "dtypes"), ROW_KERNELS)

@@ -16,15 +16,15 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
+from benchmarks.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE
+from benchmarks.variants import LINES, attention_form, match_variants, mean_variants
 from fakd_kernels._triton import TL_DTYPES, Variant
-from fakd_kernels.ops.attention_kl.problem import Pair, Side
-from fakd_kernels.ops.attention_kl.triton_kernel import variants
+from fakd_kernels.ops.attention_kl.triton_kernel import tiles, variants
 from fakd_kernels.ops.attention_kl.triton_kernel.variants import Form
-from tests.support.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE, check
+from tests.support.aot import check
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = {"bf16": (BF16, BF16), "f16": (F16, F16), "f32": (F32, F32), "bf16-f32": (BF16, F32)}
-LINES = 16  # layer pairs of a launch
 # Student and teacher widths; 96 and 80 have two pieces. Float32 kernels are alike for all widths.
 WIDTHS = {
     "bf16": ((64, 64), (64, 128), (128, 128), (32, 64), (96, 80)),
@@ -34,32 +34,8 @@ WIDTHS = {
 }
 
 
-def make_form(dtypes: str, widths: tuple[int, int], has_weights=False, softcap=None) -> Form:
-    student, teacher = (
-        Side(*[torch.empty(1, 2, 128, width, dtype=dtype)] * 2, 1.0, softcap)
-        for dtype, width in zip(DTYPES[dtypes], widths, strict=True)
-    )
-    weights = torch.ones(1, 128) if has_weights else None
-    pair = Pair(student, teacher, weights, True, None, [0, 1], None, None, torch.zeros(2))
-    return Form.of(pair, is_tf32_allowed=False)
-
-
-def match_variants(form: Form, distance: str, capability: int) -> Iterator[tuple[str, Variant]]:
-    yield "forward", variants.forward_variant(form, distance, capability, LINES)
-    for name in ("dQ", "dK"):
-        options = name == "dQ", False, capability, LINES
-        yield name, variants.gradient_variant(form, distance, *options)
-
-
-def mean_variants(form: Form, distance: str, capability: int) -> Iterator[tuple[str, Variant]]:
-    sides = form.student, form.teacher
-    for side in dict.fromkeys(sides):
-        yield "sums", variants.sums_variant(side, form.has_weights, capability, LINES)
-    yield "map", variants.map_variant(form, distance, capability, LINES)
-    yield "center", variants.center_variant(form, distance, capability, LINES)
-    for name in ("dQ", "dK"):
-        options = name == "dQ", True, capability, LINES
-        yield name, variants.gradient_variant(form, distance, *options)
+def make_form(dtypes: str, widths: tuple[int, int], **options) -> Form:
+    return attention_form(DTYPES[dtypes], widths, **options)
 
 
 @pytest.fixture(autouse=True)
@@ -91,15 +67,28 @@ def test_matched_heads(capability, dtypes, tmp_path):
         check_products(named, f"{dtypes} {widths}", capability, tmp_path)
 
 
+@pytest.mark.parametrize("place", [1, 2, 3])
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+def test_tiles_to_be_tuned_fit(capability, place, monkeypatch, tmp_path):
+    monkeypatch.setattr(tiles, "pick", lambda _, c: c[min(place, len(c) - 1)])
+    form = make_form("bf16", (64, 128))
+    for name, variant in match_variants(form, "kl", capability):
+        check(f"{name}, candidate {place}", variant, capability, tmp_path, OTHER_SPILLS)
+
+
 @pytest.mark.parametrize("widths", [(64, 64), (128, 128)])
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_other_distances_weights_and_softcaps(capability, widths, tmp_path):
     for distance, has_weights, softcap in (("jsd", True, 50.0), ("mse", True, None)):
         named = match_variants(
-            make_form("bf16", widths, has_weights, softcap), distance, capability
+            make_form("bf16", widths, has_weights=has_weights, softcap=softcap),
+            distance,
+            capability,
         )
         check_products(named, f"{distance} {widths}", capability, tmp_path, OTHER_SPILLS)
-    named = match_variants(make_form("f32", widths, True, 50.0), "jsd", capability)
+    named = match_variants(
+        make_form("f32", widths, has_weights=True, softcap=50.0), "jsd", capability
+    )
     check_products(named, f"float32 jsd {widths}", capability, tmp_path, OTHER_SPILLS)
 
 
@@ -107,7 +96,7 @@ def test_other_distances_weights_and_softcaps(capability, widths, tmp_path):
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_averaged_heads(capability, dtypes, tmp_path):
     for widths in ((64, 64), (64, 128)) if dtypes == "bf16" else ((64, 128),):
-        named = mean_variants(make_form(dtypes, widths, True), "kl", capability)
+        named = mean_variants(make_form(dtypes, widths, has_weights=True), "kl", capability)
         check_products(named, f"{dtypes} {widths}", capability, tmp_path, OTHER_SPILLS)
 
 

@@ -16,11 +16,12 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing: unset TRITON_INTERPRET", allow_module_level=True)
 
+from benchmarks.aot import CUOBJDUMP, SHARED_BYTES
+from benchmarks.variants import row_form
 from fakd_kernels import _triton_outputs as outputs
-from fakd_kernels._triton_logits import RowForm
 from fakd_kernels.ops.topk_kl.triton_kernel import launch as top
 from fakd_kernels.ops.topk_kl.triton_kernel.kernel import TopForm
-from tests.support.aot import CUOBJDUMP, SHARED_BYTES, check
+from tests.support.aot import check
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
@@ -29,14 +30,6 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 def _needs_cuobjdump():
     if not CUOBJDUMP.exists():
         pytest.skip(f"this Triton brings no {CUOBJDUMP.name}")
-
-
-def row_form(distance: str, vocab: int, is_full: bool, **changes) -> RowForm:
-    """With everything a caller may ask for, or with nothing but a gradient."""
-    flags = dict.fromkeys(RowForm._fields[2:], is_full)
-    flags |= {"is_wide": outputs.choose_tile(vocab).is_wide, "is_aligned": True}
-    flags |= {"is_interpreted": False, "wants_grad": True}
-    return RowForm(distance=distance, **flags | changes)
 
 
 def loads(ptx: str) -> list[str]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from ...._engines import interpreted
 from ...._triton import next_power_of_2
+from ...._tuning import pick
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,32 @@ def choose_tile(
     is_heavy: bool = False,
     is_aligned: bool = True,
 ) -> Tile:
-    """`is_heavy`: more arithmetic per score than "kl" without softcaps has, hence registers."""
-    if interpreted():
-        return _INTERPRETED_TILE
-    if is_float:
-        return _FLOAT
-    if not is_aligned:  # a pointer for every element that is loaded
+    """The first of the candidates, or the one that was fastest on this card.
+
+    `is_heavy`: more arithmetic per score than "kl" without softcaps has, hence registers.
+    """
+    if not (is_float or is_aligned or interpreted()):  # a pointer for every element that is loaded
         return Tile(32, 32, 4, 2)
-    is_small = capability in (86, 89) or capability >= 120
-    generation = 120 if is_small else capability // 10 * 10
-    tile = _HALF[generation][kind][(width > 64) + (width > 128)]
-    return replace(tile, other=max(32, tile.other // 2)) if is_heavy else tile
+    size = (width > 64) + (width > 128)
+    if interpreted():
+        tile = _INTERPRETED_TILE
+    elif is_float:
+        tile = _FLOAT
+    else:
+        is_small = capability in (86, 89) or capability >= 120
+        generation = 120 if is_small else capability // 10 * 10
+        tile = _HALF[generation][kind][size]
+        tile = replace(tile, other=max(32, tile.other // 2)) if is_heavy else tile
+    words = f"{'float' if is_float else 'half'}{' heavy' if is_heavy else ''}"
+    return pick(f"attention_kl {kind} {words} {64 << size} sm_{capability}", _candidates(tile))
+
+
+def _candidates(tile: Tile) -> tuple[Tile, ...]:
+    """Others ask for no more shared memory, so they fit where the first does."""
+    others = [replace(tile, own=max(32, tile.own // 2)), replace(tile, other=tile.other // 2)]
+    if tile.num_stages > 2:
+        others.append(replace(tile, num_stages=tile.num_stages - 1))
+    return tile, *[other for other in others if other != tile and other.other >= 16]
 
 
 STEP = 16  # columns of float32: 64 bytes of a row

@@ -1,9 +1,10 @@
 """Tile sizes of every kernel, by generation of card."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...._engines import interpreted
 from ...._triton import next_power_of_2
+from ...._tuning import pick
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,20 @@ _INTERPRETED_TILE = Tile(64, 64, 256, 1, 4)  # so that small tests meet several 
 
 
 def choose_tile(capability: int, precision: str, has_sums: bool = False) -> Tile:
-    if interpreted():
-        return _INTERPRETED_TILE
+    """The first of the candidates, or the one that was fastest on this card."""
     is_small = capability in (86, 89) or capability >= 120
     generation = 120 if is_small else capability // 10 * 10
-    kind = "native" if precision == "native" else "float"
-    return _TILES[generation][kind, "sums" if has_sums else "plain"]
+    kind = "native" if precision == "native" else "float", "sums" if has_sums else "plain"
+    tile = _INTERPRETED_TILE if interpreted() else _TILES[generation][kind]
+    return pick(f"feature_alignment {precision} {kind[1]} sm_{capability}", _candidates(tile))
+
+
+def _candidates(tile: Tile) -> tuple[Tile, ...]:
+    """Others ask for no more shared memory, so they fit where the first does."""
+    others = [replace(tile, n=max(32, tile.n // 2))]
+    if tile.num_stages > 2:
+        others.append(replace(tile, num_stages=tile.num_stages - 1))
+    return tile, *[other for other in others if other != tile]
 
 
 def align_block(width: int) -> tuple[int, int]:

@@ -1,0 +1,121 @@
+"""The variants of every Triton kernel that the launchers would choose for real sizes.
+
+By the functions that the launchers themselves call; a dry compile needs no card and no tensors.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from fakd_kernels import _triton_outputs as outputs
+from fakd_kernels._triton import TL_DTYPES, Variant
+from fakd_kernels._triton_logits import RowForm
+from fakd_kernels.ops.attention_kl.problem import Pair, Side
+from fakd_kernels.ops.attention_kl.triton_kernel import variants as attention
+from fakd_kernels.ops.attention_kl.triton_kernel.variants import Form
+from fakd_kernels.ops.feature_alignment.triton_kernel import tiles
+from fakd_kernels.ops.feature_alignment.triton_kernel import variants as features
+from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic
+from fakd_kernels.ops.topk_kl.triton_kernel import launch as top
+from fakd_kernels.ops.topk_kl.triton_kernel.kernel import TopForm
+
+LINES = 16  # layer pairs of a launch
+Named = Iterator[tuple[str, Variant]]
+
+
+def product_variants(capability: int, dtypes: tuple) -> Named:
+    """The products of feature_alignment, of students, teachers and projections of these dtypes."""
+    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
+    for kind in ("gram", "inner", "scaled", "direct"):
+        yield kind, features.outer_variant(kind, arithmetic, capability, LINES, True)
+    for is_teacher, name in ((True, "U"), (False, "V")):
+        yield name, features.statistics_variant(is_teacher, arithmetic, capability, LINES, True)
+    for kind in ("project", "student", "add"):
+        yield kind, features.product_variant(kind, arithmetic, capability, LINES, True)
+
+
+def row_variants(dtypes: tuple, widths: tuple, is_squared: bool, is_aligned: bool) -> Named:
+    """Its row kernels."""
+    x, t, _ = dtypes
+    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
+    for width in widths:
+        block = tiles.align_block(width)
+        shape = block, width > block[1]
+        options = is_squared, LINES, is_aligned
+        yield (
+            f"align-{width}",
+            features.align_variant(x, t, features.grad_type(x), *shape, False, *options),
+        )
+        grad = TL_DTYPES[arithmetic.middle]
+        yield (
+            f"rows-{width}",
+            features.align_variant(torch.float32, t, grad, *shape, True, *options),
+        )
+    yield (
+        "gram-rows",
+        features.gram_rows_variant(
+            x, arithmetic.cancelled, not arithmetic.is_half, is_squared, LINES, is_aligned
+        ),
+    )
+    yield "column-sums", features.column_sums_variant(t, LINES)
+
+
+def attention_form(
+    dtypes: tuple, widths: tuple[int, int], has_weights: bool = False, softcap=None
+) -> Form:
+    student, teacher = (
+        Side(*[torch.empty(1, 2, 128, width, dtype=dtype)] * 2, 1.0, softcap)
+        for dtype, width in zip(dtypes, widths, strict=True)
+    )
+    weights = torch.ones(1, 128) if has_weights else None
+    pair = Pair(student, teacher, weights, True, None, [0, 1], None, None, torch.zeros(2))
+    return Form.of(pair, is_tf32_allowed=False)
+
+
+def match_variants(form: Form, distance: str, capability: int) -> Named:
+    """The kernels of attention_kl where heads are matched."""
+    yield "forward", attention.forward_variant(form, distance, capability, LINES)
+    for name in ("dQ", "dK"):
+        options = name == "dQ", False, capability, LINES
+        yield name, attention.gradient_variant(form, distance, *options)
+
+
+def mean_variants(form: Form, distance: str, capability: int) -> Named:
+    """Those where heads are averaged."""
+    sides = {form.teacher: "teacher's sums", form.student: "student's sums"}  # one where alike
+    for side, name in sides.items():
+        yield name, attention.sums_variant(side, form.has_weights, capability, LINES)
+    yield "map", attention.map_variant(form, distance, capability, LINES)
+    yield "center", attention.center_variant(form, distance, capability, LINES)
+    for name in ("dQ", "dK"):
+        options = name == "dQ", True, capability, LINES
+        yield name, attention.gradient_variant(form, distance, *options)
+
+
+def row_form(distance: str, vocab: int, is_full: bool, **changes) -> RowForm:
+    """Rows of logits with everything a caller may ask for, or with nothing but a gradient."""
+    flags = dict.fromkeys(RowForm._fields[2:], is_full)
+    flags |= {"is_wide": outputs.choose_tile(vocab).is_wide, "is_aligned": True}
+    flags |= {"is_interpreted": False, "wants_grad": True}
+    return RowForm(distance=distance, **flags | changes)
+
+
+def of_every_op(capability: int) -> Iterator[tuple[str, str, Variant]]:
+    """Op, kernel and variant, in bfloat16, of sizes that large models have."""
+    half, whole = torch.bfloat16, torch.float32
+    dtypes = (half,) * 3
+    for name, variant in product_variants(capability, dtypes):
+        yield "feature_alignment", name, variant
+    for name, variant in row_variants(dtypes, (768, 4096), True, True):
+        yield "feature_alignment", name, variant
+    form = attention_form((half, half), (64, 128))
+    for name, variant in match_variants(form, "kl", capability):
+        yield "attention_kl", name, variant
+    for name, variant in mean_variants(form, "kl", capability):
+        yield "attention_kl", f"{name}, averaged heads", variant
+    rows = row_form("kl", 128256, is_full=False)
+    yield "logit_kl", "rows", outputs.rows_variant(rows, 128256, *[half] * 5)
+    of_linear = outputs.rows_variant(rows, 128256, whole, whole, half, half, half)
+    yield "linear_kl", "rows between products", of_linear
+    stored = TopForm(True, True, *[False] * 4, True, False)
+    yield "topk_kl", "rows, ghost", top.rows_variant(stored, 128256, 64, half, half)
