@@ -104,7 +104,11 @@ def lower_rows(
         tokens = weights.sum(dtype=work)
     square = temperature * temperature if scale_by_temperature_squared else 1.0
     factors = torch.stack([_number(kl_weight, like, work) * square, _number(ce_weight, like, work)])
-    inverse = _pairs.inverse([tokens if normalizer is None else normalizer], like, work)[0]
+    count = normalizer
+    if normalizer is None:
+        # Of all tokens, a number: a small classifier feels every operation more.
+        count = leading.numel() if weights is None else tokens
+    inverse = _pairs.inverse([count], like, work)[0]
     return Rows(labels, weights, factors * inverse, factors, inverse, tokens)
 
 
@@ -149,10 +153,11 @@ def wanted(*tensors: Tensor | None) -> list[bool]:
 
 def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `OutputKL`, from what a registered op returned."""
-    loss, sums, per_token, _ = outputs
+    loss, sums, per_token = outputs[:3]
     kl, ce = (sums.detach() * rows.inverse.detach()).unbind()
     factors = rows.factors.detach()
-    shares = torch.where(factors == 0, 0, per_token.detach() * factors).sum(1)
+    # A term of weight 0 adds nothing, even where it is not finite.
+    shares = torch.mv(torch.where(factors == 0, 0, per_token.detach()), factors)
     return loss, kl, ce, shares, rows.tokens
 
 
@@ -165,6 +170,53 @@ def refusals(problem) -> _engines.Refusals:
         "cpu": _engines.cpu_refusal(*place),
         "triton": _engines.triton_refusal(*place),
     }
+
+
+def dense_refusals(problem) -> _engines.Refusals:
+    """Likewise of calls whose teacher has logits as well: the CUDA kernels compare rows of both."""
+    coefficients = problem.terms.coefficients
+    is_double = coefficients.dtype == torch.float64
+    return refusals(problem) | {"cuda": _engines.cuda_refusal(coefficients.device, is_double)}
+
+
+def launch_cuda_rows(
+    student: Tensor,
+    teacher: Tensor,
+    grad: Tensor | None,
+    terms: Terms,
+    rows: slice,
+    per_token: Tensor,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> None:
+    """The CUDA row kernel on logits [R, V] of the tokens `rows` of a call.
+
+    Args:
+        grad: [R, V] float32 or bfloat16, may be the student's own rows; None: values only.
+        per_token: [N, 2] of the call, as `terms` are.
+        student_bias: [V] float32, to be added before the cap; teacher_bias likewise.
+    """
+    torch.ops.fakd_ext.score_logits(
+        student,
+        teacher,
+        student_bias,
+        teacher_bias,
+        None if terms.labels is None else terms.labels[rows],
+        terms.weights(rows),
+        terms.coefficients.contiguous(),
+        grad,
+        per_token[rows],
+        terms.student_softcap or 0.0,
+        terms.teacher_softcap or 0.0,
+        terms.temperature,
+        terms.jsd_beta,
+        _output_checks.DISTANCES.index(terms.distance),
+    )
+
+
+def launch_cuda_sums(problem) -> None:
+    """The weighted sums of the values of all tokens, once they are there."""
+    torch.ops.fakd_ext.sum_logits(problem.per_token, problem.terms.row_weights, problem.sums)
 
 
 def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
@@ -181,8 +233,8 @@ def engine_name(engine: str | None) -> str:
 
 def compared(grad: Tensor | None, vocab: int, axis: int = 0) -> Tensor | None:
     """What engines fill of a gradient: its first `vocab` entries; the others are 0."""
-    if grad is None:
-        return None
+    if grad is None or grad.shape[axis] == vocab:
+        return grad
     grad.narrow(axis, vocab, grad.shape[axis] - vocab).zero_()
     return grad.narrow(axis, 0, vocab)
 

@@ -96,6 +96,8 @@ def inverse(counts: Sequence[float | Tensor], like: Tensor, work: torch.dtype) -
         count = torch.stack(tensors)
         return torch.where(count == 0, 0, 1 / torch.where(count == 0, 1, count))
     values = [1.0 / count if count != 0 else 0.0 for count in counts]
+    if len(values) == 1:
+        return like.new_full((1,), values[0], dtype=work)  # without a transfer that waits
     return torch.tensor(values, dtype=work, device=like.device)
 
 

@@ -46,6 +46,22 @@ struct ScoreValues {
   double distance = 0, cross_entropy = 0;
 };
 
+// Columns up to which rows are narrow, and the most lanes that a vector has.
+constexpr int64_t NARROW = 16, WIDEST_VECTOR = 16;
+
+// A few rows of narrow logits of both sides, for their KL; neither softcap nor scale.
+struct NarrowRows {
+  const float *student, *teacher;
+  int64_t student_stride, teacher_stride, grad_stride;
+  int64_t count, n;  // rows, at most `lanes`; columns, at most NARROW
+  float inverse_temperature;
+  const float* gains;        // [count], of the distance
+  const int64_t* labels;     // [count], or absent
+  const float* label_gains;  // [count], with labels
+  ScoreValues* values;       // [count]
+  float* grad;               // absent: values only; may be `student`
+};
+
 // Of a row of powers: their sum, and the score (capped, if it is) from which they were taken.
 struct Powers {
   double sum = 0;
@@ -74,6 +90,9 @@ struct RowKernels {
   // The distance of a row and the cross-entropy with its label; their gradients, times gain and
   // label_gain, in one.
   ScoreValues (*score_row)(const ScoreRow& row, float gain, float label_gain, bool wants_grad);
+  // The same of up to `lanes` rows at once.
+  int64_t lanes;
+  void (*narrow_kl_rows)(const NarrowRows& rows);
   // What follows takes base-2 logarithms of probabilities. From raw scores, which `out` may be; with
   // the slope of capped ones.
   void (*log_softmax_row)(

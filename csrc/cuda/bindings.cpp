@@ -1,73 +1,32 @@
 // Schemas and launchers of the CUDA library: torch.ops.fakd_ext, raw and private. Nothing computes
 // here. Only LibTorch's stable ABI, so that one binary serves every torch >= 2.10 with CUDA.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <string>
 #include <vector>
 
+#include "check.h"
 #include "feature_alignment.h"
 
 namespace {
 
+using fakd::cuda::check_device;
+using fakd::cuda::check_shape;
 using fakd::cuda::Dtype;
+using fakd::cuda::dtype_of;
 using fakd::cuda::FeatureLine;
 using fakd::cuda::FeatureParams;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    default: break;
-  }
-  STD_TORCH_CHECK(false, "fakd_ext takes float32, float16 and bfloat16 tensors only.");
-  return Dtype::float32;
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::string words = "[";
-  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
-    words += (axis > 0 ? ", " : "") + std::to_string(tensor.size(axis));
-  }
-  return words + "]";
-}
-
-void check_device(const char* name, const Tensor& tensor, const Tensor& first) {
-  STD_TORCH_CHECK(
-      tensor.is_cuda() && tensor.get_device_index() == first.get_device_index(), name,
-      " must be on the CUDA device of student[0], ", int(first.get_device_index()), ": got ",
-      tensor.is_cuda() ? std::to_string(tensor.get_device_index()) : std::string("no CUDA tensor"),
-      "; move it there.");
-}
-
-void check_shape(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
-      " must have the shape [", rows, ", ", columns, "]: got ", shape_of(tensor), ".");
-}
-
-// A contiguous float32 tensor of so many elements.
-float* floats_of(const char* name, const Tensor& tensor, int64_t count, const Tensor& first) {
-  check_device(name, tensor, first);
-  STD_TORCH_CHECK(
-      tensor.numel() == count && tensor.is_contiguous() && dtype_of(tensor) == Dtype::float32, name,
-      " must be contiguous float32 with ", count, " elements: got ", shape_of(tensor), ".");
-  return static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
-}
+using fakd::cuda::floats_of;
+using fakd::cuda::shape_of;
+using fakd::cuda::Tensor;
+using fakd::cuda::WIDEST;
 
 FeatureLine line_of(const Tensor& student, const Tensor& teacher, const Tensor& first) {
   check_device("student", student, first);
   check_device("teacher", teacher, first);
   STD_TORCH_CHECK(
-      student.dim() == 2 && student.size(1) <= fakd::cuda::WIDEST,
-      "student must be a matrix of at most ", fakd::cuda::WIDEST, " columns: got ",
+      student.dim() == 2 && student.size(1) <= WIDEST,
+      "student must be a matrix of at most ", WIDEST, " columns: got ",
       shape_of(student), ".");
   check_shape("teacher", teacher, student.size(0), student.size(1));
   STD_TORCH_CHECK(
@@ -129,14 +88,11 @@ void align_features(
   all.is_squared = is_squared;
   all.eps = float(eps);
 
-  const int32_t device = first.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
   // On the current stream as the launches are, so that it may be freed before they have run.
   const Tensor slots = torch::stable::new_empty(sums, {2 * fakd::cuda::count_slots(lines)});
   all.slots = static_cast<float*>(slots.mutable_data_ptr());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  fakd::cuda::align_features(lines, all, stream);
+  fakd::cuda::align_features(lines, all, fakd::cuda::current_stream(first));
 }
 
 bool has_device_code() { return fakd::cuda::has_device_code(); }

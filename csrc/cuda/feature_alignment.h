@@ -10,23 +10,18 @@
 #include <limits>
 #include <vector>
 
+#include "launch_shape.h"
+
 namespace fakd::cuda {
 
-constexpr int WARP_SIZE = 32;
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / WARP_SIZE;
-// Occupancy target: two blocks on a multiprocessor of 65536 registers, 128 for each thread. Of
-// float32 a thread loads 64 values before it uses one: 16 warps have up to 128 KiB in flight.
-constexpr int BLOCKS_PER_PROCESSOR = 2;
-constexpr int ELEMENTS = 32;  // of student and of teacher, in the registers of a thread
+// Of student and of teacher, in the registers of a thread: a row of a warp as a whole. Of float32 a
+// thread loads 64 values before it uses one: 16 warps have up to 128 KiB in flight.
+constexpr int ELEMENTS = 32;
+static_assert(ELEMENTS * WARP_SIZE == WIDEST_OF_WARP);
 // Where student, teacher and gradient are never aligned together, elements are read one by one:
 // with fewer in registers, most of a row is read again, by addresses that are no multiple of 16.
 constexpr int LOOSE_ELEMENTS = 8;
-constexpr int WIDEST_OF_WARP = WARP_SIZE * ELEMENTS;
-constexpr int64_t WIDEST = int64_t(1) << 30;  // columns are counted in int32
 constexpr int PAIRS_PER_LAUNCH = 56;  // as many as the 4 KiB of kernel parameters hold
-
-enum class Dtype : uint8_t { float32, float16, bfloat16 };
 
 // One layer pair. Strides are in elements; rows of the gradient follow each other without a gap.
 struct FeatureLine {
@@ -52,13 +47,6 @@ struct FeatureParams {
   bool is_squared;
 };
 static_assert(sizeof(FeatureParams) <= 4096, "kernel parameters are limited to 4 KiB");
-
-inline int rows_per_block(int32_t width) { return width > WIDEST_OF_WARP ? 1 : WARPS; }
-
-inline int64_t count_blocks(const FeatureLine& line) {
-  const int64_t rows = rows_per_block(line.width);
-  return (line.rows + rows - 1) / rows;
-}
 
 // Slots that all launches need together.
 inline int64_t count_slots(const std::vector<FeatureLine>& lines) {

@@ -5,19 +5,9 @@
 #include "feature_alignment.h"
 #include "feature_terms.h"
 #include "shared_array.h"
+#include "warp.h"
 
 namespace fakd::cuda {
-
-constexpr unsigned ALL_LANES = 0xffffffffu;
-
-template <class T>
-__device__ __forceinline__ T sum_of_warp(T value) {
-#pragma unroll
-  for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
-    value += __shfl_xor_sync(ALL_LANES, value, offset);
-  }
-  return value;
-}
 
 // The threads that share a row: a warp, or the whole block.
 struct Team {
@@ -184,24 +174,13 @@ __device__ __forceinline__ float2 align_row(
   }
 }
 
-// The pair of a block: the last that begins at or before it.
-__device__ __forceinline__ int find_pair(const FeatureParams& params, int block) {
-  int pair = 0;
-  for (int end = params.count; end - pair > 1;) {
-    const int middle = (pair + end) / 2;
-    if (params.lines[middle].first_block <= block) pair = middle;
-    else end = middle;
-  }
-  return pair;
-}
-
 // A block takes one wide row, or as many rows as it has warps.
 __global__ void __launch_bounds__(THREADS, BLOCKS_PER_PROCESSOR)
     align_rows(const __grid_constant__ FeatureParams params) {
   __shared__ SharedArray<float, WARPS * SUMS> sums;
   __shared__ SharedArray<float, WARPS * 2> values;
   const int thread = int(threadIdx.x), warp = thread / WARP_SIZE;
-  const int pair = find_pair(params, int(blockIdx.x));
+  const int pair = find_line(params, int(blockIdx.x));
   const FeatureLine& line = params.lines[pair];
   const int64_t block = int(blockIdx.x) - line.first_block;
   const bool is_wide = line.width > WIDEST_OF_WARP;

@@ -17,22 +17,19 @@ if NVCC is None:
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
-HEADER = (KERNELS / "feature_alignment.h").read_text()
+HEADERS = "".join(path.read_text() for path in sorted(KERNELS.glob("*.h")))
 REGISTERS = 65536  # of a multiprocessor, on every card since sm_80
 
 
 def constant(name: str) -> int:
-    return int(re.search(rf"constexpr int {name} = (\d+);", HEADER)[1])
+    return int(re.search(rf"constexpr int {name} = (\d+);", HEADERS)[1])
 
 
-def entries(ptx: str) -> dict[str, str]:
-    """The body of every kernel by its name."""
-    bodies = re.split(r"\.visible \.entry \w*?\d+(align_rows|sum_slots)\w*\(", ptx)[1:]
-    return dict(zip(bodies[::2], bodies[1::2], strict=True))
+CAPABILITIES = pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"])
 
 
-@pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0a", "10.0a", "12.0"])
-def test_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
+def compile_kernels(source: str, capability: str, folder: Path) -> tuple[dict, dict]:
+    """Registers of every kernel, none of which may spill, and its PTX; by mangled name."""
     number = capability.replace(".", "")
     supported = subprocess.run(
         [NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True
@@ -40,29 +37,51 @@ def test_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
     if f"sm_{number.rstrip('a')}" not in supported.stdout.split():
         pytest.skip(f"this nvcc does not know sm_{number}")
     command = [NVCC, *build_backend.NVCC_FLAGS, *build_backend.nvcc_targets(capability)]
-    command += ["--cubin", "-Xptxas=-v", "--keep", f"--keep-dir={tmp_path}"]
-    command += [KERNELS / "feature_alignment.cu", "-o", tmp_path / "kernels.cubin"]
+    command += ["--cubin", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
+    command += [KERNELS / source, "-o", folder / "kernels.cubin"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     usage = re.findall(
-        r"entry function '\w*?\d+(align_rows|sum_slots)\w*'.*?"
+        r"entry function '(\w+)'.*?"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?"
         r"Used (\d+) registers",
         result.stderr,
         re.DOTALL,
     )
-    assert sorted(kernel for kernel, *_ in usage) == ["align_rows", "sum_slots"], result.stderr
     blocks = constant("BLOCKS_PER_PROCESSOR")
     for kernel, *spilled, registers in usage:
         assert spilled == ["0"] * 3, f"{kernel}, sm_{number}: {spilled} bytes spilled"
         assert int(registers) * constant("THREADS") * blocks <= REGISTERS, f"{kernel}: {registers}"
+    (ptx,) = folder.glob("*.ptx")
+    bodies = re.split(r"\.visible \.entry (\w+)\(", ptx.read_text())[1:]
+    used = {kernel: int(registers) for kernel, *_, registers in usage}
+    return used, dict(zip(bodies[::2], bodies[1::2], strict=True))
 
-    (ptx,) = tmp_path.glob("*.ptx")
-    body = entries(ptx.read_text())["align_rows"]
+
+@CAPABILITIES
+def test_feature_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
+    registers, ptx = compile_kernels("feature_alignment.cu", capability, tmp_path)
+    assert len(registers) == 2
+    (body,) = (body for kernel, body in ptx.items() if "align_rows" in kernel)
     # Nine pairs of dtypes, each with student, teacher and gradient.
     assert len(re.findall(r"ld\.global\S*\.v4", body)) >= 9 * 2 * constant("ELEMENTS") // 8
     assert len(re.findall(r"st\.global\S*\.v4", body)) >= 9 * constant("ELEMENTS") // 8
     assert not re.search(r"\.f64|\.local|atom", body), "row statistics are float32, sums ordered"
+
+
+@CAPABILITIES
+def test_score_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
+    registers, ptx = compile_kernels("dual_softmax.cu", capability, tmp_path)
+    kernels = [kernel for kernel in registers if "score_rows" in kernel]
+    # Three distances of logits, four of maps of scores and of probabilities.
+    assert len(kernels) == 3 + 4 + 4
+    assert len(registers) == len(kernels) + 2
+    for kernel in kernels:
+        body = ptx[kernel]
+        # Of both sides, one load of half precision and two of float32; the gradient in either.
+        assert len(re.findall(r"ld\.global\S*\.v4", body)) >= 2 * 2 * constant("OCTETS")
+        assert len(re.findall(r"st\.\S*v4", body)) >= 3 * constant("OCTETS")
+        assert not re.search(r"\.f64|\.local|atom", body), "rows are float32, sums ordered"
 
 
 def test_architectures_by_torchs_variable():

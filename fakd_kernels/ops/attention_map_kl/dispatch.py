@@ -5,10 +5,10 @@ from torch import Tensor
 
 from ... import _engines, _pairs
 from ..._attention import heads_compared
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .problem import Pair, Problem
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill}
+FILL = {"reference": reference.fill, "cpu": cpu.fill, "cuda": cuda.fill}
 
 
 def resolve(
@@ -54,8 +54,12 @@ def resolve(
 def refusals(problem: Problem) -> _engines.Refusals:
     """Why each engine cannot serve this call, None where it can."""
     coefficients = problem.coefficients
-    is_double = coefficients.dtype == torch.float64
-    return {"reference": None, "cpu": _engines.cpu_refusal(coefficients.device, is_double)}
+    place = coefficients.device, coefficients.dtype == torch.float64
+    return {
+        "reference": None,
+        "cpu": _engines.cpu_refusal(*place),
+        "cuda": cuda.refusal(problem) or _engines.cuda_refusal(*place),
+    }
 
 
 def explain(*lowered) -> str:

@@ -3,10 +3,15 @@
 from torch import Tensor
 
 from ... import _engines, _outputs, _pairs
-from . import cpu, reference, triton_kernel
+from . import cpu, cuda, reference, triton_kernel
 from .problem import Problem, Side
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill, "triton": triton_kernel.fill}
+FILL = {
+    "reference": reference.fill,
+    "cpu": cpu.fill,
+    "triton": triton_kernel.fill,
+    "cuda": cuda.fill,
+}
 
 
 def resolve(
@@ -57,14 +62,16 @@ def resolve(
         per_token=coefficients.new_zeros(student_hidden.shape[0], 2),
         block_bytes=block_bytes,
     )
-    chosen = _engines.choose("linear_kl", student_hidden.device, _outputs.refusals(problem), engine)
+    chosen = _engines.choose(
+        "linear_kl", student_hidden.device, _outputs.dense_refusals(problem), engine
+    )
     return problem, chosen, _pairs.present(grads)
 
 
 def explain(*lowered) -> str:
     """The engine, the reasons against the others, and the sizes, in words."""
     problem, chosen, _ = resolve(*lowered)
-    lines = _engines.describe("linear_kl", chosen, _outputs.refusals(problem))
+    lines = _engines.describe("linear_kl", chosen, _outputs.dense_refusals(problem))
     tokens, width = problem.student.hidden.shape
     lines.append(
         f"  {tokens} tokens, {width} and {problem.teacher.hidden.shape[1]} wide, vocabulary of "

@@ -50,7 +50,7 @@ def lower(
         rows.labels,
         rows.row_weights,
         rows.coefficients,
-        _outputs.wanted(student_logits),
+        _outputs.wanted(student_logits)[0],
         _output_checks.compared_vocab(student_logits.shape[-1], teacher_logits.shape[-1], vocab),
         float(temperature),
         _outputs.lower_softcap("student_softcap", student_softcap),

@@ -132,10 +132,11 @@ def logit_kl(
 
 torch.library.define(
     "fakd::logit_kl",
+    # One gradient, [0] if not wanted: lists of tensors would cost more than a small classifier.
     "(Tensor student_logits, Tensor teacher_logits, Tensor? labels, Tensor? row_weights, "
-    "Tensor coefficients, bool[] wants, SymInt vocab, float temperature, float student_softcap, "
+    "Tensor coefficients, bool wants_grad, SymInt vocab, float temperature, float student_softcap, "
     "float teacher_softcap, str distance, float jsd_beta, str engine) "
-    "-> (Tensor, Tensor, Tensor, Tensor[])",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -143,19 +144,21 @@ torch.library.define(
 def _logit_kl(*lowered):
     labels, row_weights, _, _, vocab = lowered[2:7]
     _output_checks.check_values(labels, row_weights, vocab)
-    problem, chosen, grads = dispatch.resolve(*lowered)
-    return _outputs.fill(problem, dispatch.FILL[chosen], grads)
+    problem, chosen, grad = dispatch.resolve(*lowered)
+    return _outputs.fill(problem, dispatch.FILL[chosen], grad)
 
 
 @torch.library.register_fake("fakd::logit_kl")
 def _fake(*lowered):
-    coefficients, wants = lowered[4:6]
-    grads = _pairs.grad_buffers(lowered[:1], wants, empty=torch.empty)
-    return *_outputs.fake_values(coefficients, lowered[0].shape[0]), _pairs.present(grads)
+    coefficients, wants_grad = lowered[4:6]
+    (grad,) = _pairs.grad_buffers(lowered[:1], [wants_grad], empty=torch.empty)
+    grad = coefficients.new_empty(0) if grad is None else grad
+    return *_outputs.fake_values(coefficients, lowered[0].shape[0]), grad
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    _outputs.save(ctx, output, inputs[:1], inputs[5])
+    *values, grad = output
+    _outputs.save(ctx, (*values, [grad]), inputs[:1], [inputs[5]])
 
 
 def _backward(ctx, grad_loss, *_):
