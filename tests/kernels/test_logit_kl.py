@@ -181,6 +181,25 @@ def test_nan_reaches_the_loss(engine, side):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_jsd_of_entries_that_one_side_excludes(engine, beta):
+    """What is impossible to one side is half of the mixture to the other, not nothing."""
+    student = torch.tensor([[0.5, -torch.inf, 1], [1, 2, 0], [0.5, -torch.inf, 1]])
+    teacher = torch.tensor([[1, 2, 0], [0.5, -torch.inf, 1], [-torch.inf, 2, 0]])
+    s, t = (x.double().softmax(-1) for x in (student, teacher))
+    middle = beta * t + (1 - beta) * s
+    want = [torch.xlogy(p, p / middle) for p in (t, s)]
+    want = beta * want[0] + (1 - beta) * want[1]
+    student.requires_grad_()
+    got = logit_kl(student, teacher, distance="jsd", jsd_beta=beta, engine=engine)
+    torch.testing.assert_close(got.per_token, want.sum(-1).float())
+    (grad,) = torch.autograd.grad(got.loss, student)
+    slope = (1 - beta) * (s / middle).log().nan_to_num(neginf=0.0)
+    want_grad = s * (slope - (s * slope).sum(-1, keepdim=True)) / 3
+    torch.testing.assert_close(grad, want_grad.float())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_only_what_is_trained_costs_a_gradient(engine):
     inputs = make_logits(CASES["plain"])
     inputs.tensors["teacher_logits"].requires_grad_()
