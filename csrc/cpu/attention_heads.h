@@ -61,7 +61,7 @@ struct KeyUnit {
 constexpr int64_t ROWS_AHEAD = 12;
 
 struct HeadsScratch {
-  Scratch keys, queries, scores, grad;
+  Scratch keys, panels, queries, scores, grad;
 };
 
 // Every unit has equally many query heads. Operands are copied side by side, in float32: products of
@@ -76,7 +76,18 @@ class AttentionHeads {
         group_(int64_t(units_[0].query_heads.size())), padded_stride_(stride), scratch_(scratch) {
     std::vector<Rows> keys;
     for (const KeyUnit& unit : units_) keys.push_back(k.at(batch, unit.key_head));
-    pack(keys, 0, attended.count(), scratch.keys.reserve(units() * attended.count() * width()));
+    // Read in order, asked for ahead of time, and only then turned: cold rows are slow to turn.
+    const int64_t size = attended.count() * width();
+    pack(keys, 0, attended.count(), scratch.keys.reserve(units() * size));
+    if (kernels.panel > 0) {
+      // Once for all blocks, where a library would pack the keys again for each.
+      float* to = scratch.panels.reserve(units() * panel_floats());
+      for (int64_t unit = 0; unit < units(); ++unit) {
+        kernels.pack_rows(
+            scratch.keys.get() + unit * size, width(), attended.count(), width(),
+            to + unit * panel_floats());
+      }
+    }
     for (const KeyUnit& unit : units_) {
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
@@ -88,14 +99,25 @@ class AttentionHeads {
   int64_t heads() const { return units() * group_; }
   int64_t width() const { return q_.width; }
 
-  // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last).
+  // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last); `first`
+  // is a multiple of the panel.
   void compute_scores(int64_t begin, int64_t end, int64_t first, int64_t last) {
     begin_ = begin, rows_ = end - begin, first_ = first, last_ = last;
     // torch multiplies a stack in one call only if the result has no gaps. Without a stack gaps are
     // better: rows a power of two apart meet in few sets of the cache.
     stride_ = units() > 1 ? last - first : padded_stride_;
     pack(query_rows_, begin, end, scratch_.queries.get());
-    multiply(scores(), this->queries(), keys().transposed());
+    if (kernels_.panel == 0) {
+      multiply(scores(), this->queries(), keys().transposed());
+      return;
+    }
+    const int64_t rows = group_ * rows_;
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      kernels_.multiply_panels(
+          scratch_.panels.get() + unit * panel_floats() + first * width(), last - first, width(),
+          scratch_.queries.get() + unit * rows * width(), width(), rows,
+          scratch_.scores.get() + unit * rows * stride_, stride_);
+    }
   }
 
   // The row of one head, counted from the first row of the block.
@@ -107,6 +129,12 @@ class AttentionHeads {
 
   // With gradients in place of the scores: the queries' gradients of this block.
   void write_query_grad(const Heads& grad) {
+    const int64_t first_head = units_[0].query_heads[0];
+    if (float* place = dense_rows(grad, first_head, heads(), begin_, rows_)) {
+      multiply(
+          stack_of(place, group_ * rows_, width(), group_ * rows_ * width()), scores(), keys());
+      return;
+    }
     float* product = scratch_.grad.reserve(heads() * rows_ * width());
     multiply(stack_of(product, group_ * rows_, width(), group_ * rows_ * width()), scores(), keys());
     for (int64_t head = 0; head < heads(); ++head) {
@@ -115,6 +143,19 @@ class AttentionHeads {
         write_row(kernels_, product, to, attended_.token(begin_ + row));
       }
     }
+  }
+
+  // Rows [begin, begin + rows) of some heads in a row, where a result has them as a product would
+  // leave them; null where it does not.
+  float* dense_rows(
+      const Heads& result, int64_t head, int64_t heads, int64_t begin, int64_t rows) const {
+    const Rows first = result.at(batch_, head);
+    const bool is_dense =
+        first.dtype == Dtype::float32 && first.stride == first.columns &&
+        attended_.tokens().is_run(begin, begin + rows) &&
+        (heads == 1 || (rows == first.rows && result.head_stride == rows * first.columns));
+    if (!is_dense) return nullptr;
+    return reinterpret_cast<float*>(row_address(first, attended_.token(begin)));
   }
 
   // Likewise the keys' gradients, [units, count, K], or what this block adds to them.
@@ -126,6 +167,10 @@ class AttentionHeads {
   }
 
  private:
+  // Of one unit's packed keys.
+  int64_t panel_floats() const {
+    return (attended_.count() + kernels_.panel - 1) / kernels_.panel * kernels_.panel * width();
+  }
   Stack stack_of(const float* data, int64_t rows, int64_t columns, int64_t stride) const {
     return {row_major(data, rows, columns), units(), stride};
   }

@@ -45,7 +45,8 @@ struct Blocks {
     // Blocks of equal size: a short last one would waste its products.
     const int64_t most = std::clamp(affordable, LEAST_ROWS, MOST_ROWS);
     const int64_t count = std::max<int64_t>(1, (tokens + most - 1) / most);
-    rows = std::max<int64_t>(1, (tokens + count - 1) / count);
+    rows = ((tokens + count - 1) / count + 7) / 8 * 8;  // whole tiles of products
+    rows = std::max<int64_t>(1, std::min(tokens, rows));
     const int64_t most_units = std::clamp<int64_t>(affordable / rows, 1, key_heads);
     const int64_t tasks = (key_heads + most_units - 1) / most_units;
     units = is_mean ? key_heads : (key_heads + tasks - 1) / tasks;
@@ -73,7 +74,13 @@ class TaskRun {
     const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
     const int64_t size = attended_.count() * student.width();
     float* grad_k = task_.grad_k;
-    if (wants_key && grad_k == nullptr) grad_k = scratch_.grad_k.reserve(student.units() * size);
+    bool is_in_place = false;  // the gradient of the keys is added up where it belongs
+    if (wants_key && grad_k == nullptr) {
+      grad_k = student.dense_rows(
+          pair_.grad_k, task_.first_unit, student.units(), 0, attended_.count());
+      is_in_place = grad_k != nullptr;
+      if (!is_in_place) grad_k = scratch_.grad_k.reserve(student.units() * size);
+    }
     const int64_t block_count = (attended_.count() + blocks_.rows - 1) / blocks_.rows;
     const int64_t first_block = block_count * task_.split / task_.splits;
     const int64_t last_block = block_count * (task_.split + 1) / task_.splits;
@@ -83,7 +90,10 @@ class TaskRun {
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * blocks_.rows;
       const int64_t end = std::min(attended_.count(), begin + blocks_.rows);
-      const int64_t first = attended_.first_key(begin), last = attended_.last_key(end - 1);
+      // From where packed keys begin; what lies before a row's own keys is cleared like the rest.
+      const int64_t panel = std::max<int64_t>(1, kernels_.panel);
+      const int64_t first = attended_.first_key(begin) / panel * panel;
+      const int64_t last = attended_.last_key(end - 1);
       student.compute_scores(begin, end, first, last);
       teacher.compute_scores(begin, end, first, last);
       const Block rows = {begin, end, first, last};
@@ -99,7 +109,9 @@ class TaskRun {
       if (wants_key) student.add_key_grad(grad_k, is_begun);
       is_begun = true;
     }
-    if (wants_key && task_.grad_k == nullptr) write_key_grad(student_units, grad_k);
+    if (wants_key && task_.grad_k == nullptr && !is_in_place) {
+      write_key_grad(student_units, grad_k);
+    }
   }
 
   // Where query rows are split: what all tasks of the same heads found, in the order of their rows.

@@ -135,6 +135,10 @@ struct RowKernels {
   void (*multiply_rows)(
       const float* panels, int64_t a_rows, int64_t n, const float* b, int64_t b_stride,
       int64_t b_rows, float* out, int64_t out_stride);
+  // out[j][i] of the same, for many rows of a.
+  void (*multiply_panels)(
+      const float* panels, int64_t a_rows, int64_t n, const float* b, int64_t b_stride,
+      int64_t b_rows, float* out, int64_t out_stride);
 };
 
 // The best set this processor runs, or the one FAKD_ISA names. Throws if it names another.
