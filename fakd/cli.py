@@ -77,12 +77,14 @@ def train(
         if is_dry:
             console.print(to_yaml(whole), end="", soft_wrap=True, highlight=False, markup=False)
             return
+        from .distribute import leave
         from .report import print_results
         from .run import run
 
         results, _ = run(whole, console)
         if results is not None:
             print_results(results, whole, console)
+        leave()
 
 
 @app.command()
@@ -148,8 +150,10 @@ def compare(
     with _errors_in_one_line() as console:
         from .compare import compare as run_all
         from .compare import load_comparison
+        from .distribute import leave
 
         run_all(load_comparison(config, settings), console)
+        leave()
 
 
 @app.command()
@@ -168,10 +172,12 @@ def demo(
     with _errors_in_one_line() as console:
         from .compare import compare as run_all
         from .demo import load_demo
+        from .distribute import leave
 
         flags = {"output": output, "seeds": seeds}
         given = [f"{key}={value}" for key, value in flags.items() if value is not None]
         run_all(load_demo(name, [*given, *settings], is_quick=quick), console)
+        leave()
 
 
 def main() -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from .config import RunConfig, check_positive
 from .config_file import ConfigError, config_from, merge, read_settings, settings_from
+from .distribute import is_main_process, start_anew
 from .measure import Costs, measure_costs
 from .page import to_table
 from .report import Run, cost_rows, read_run, score_rows, verdict, write_page
@@ -120,10 +122,12 @@ def compare(config: CompareConfig, console: Console) -> dict[str, list[Run]]:
         As `plan_trainings` and `run` do.
     """
     planned = plan_trainings(config)
+    console = console if is_main_process() else Console(quiet=True)
     console.print(config.title, soft_wrap=True, highlight=False)
     if planned.teacher is not None:
         results, _ = run(planned.teacher, console, title="teacher")
         _say("teacher", results, console)
+        start_anew()
     known: dict[object, dict[str, float]] = {}
     for seed in range(config.seeds):
         for name, runs in planned.arms.items():
@@ -134,6 +138,9 @@ def compare(config: CompareConfig, console: Console) -> dict[str, list[Run]]:
             _say(title, results, console)
             if results is not None:
                 known |= {keys[TEACHER]: results.teacher, keys[START]: results.start}
+            # Every process must leave out the same work.
+            (known,) = broadcast_object_list([known])
+            start_anew()
     if results is None:
         return {}  # not the main process
     arms = {name: [read_run(each.output) for each in runs] for name, runs in planned.arms.items()}

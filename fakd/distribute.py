@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 from torch.distributed import init_device_mesh
@@ -34,6 +35,21 @@ def join(mixed_precision: str = "no", **options) -> Accelerator:
     """
     is_cpu = not torch.accelerator.is_available()
     return Accelerator(cpu=is_cpu, mixed_precision=mixed_precision, **options)
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, before any accelerator is there."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def start_anew() -> None:
+    """Let the next accelerator of this process differ in precision; those before are of no use."""
+    AcceleratorState._reset_state()
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of everything."""
+    PartialState().destroy_process_group()
 
 
 def prepare(accelerator: Accelerator, distiller: nn.Module) -> nn.Module:

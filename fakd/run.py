@@ -159,7 +159,8 @@ def run(
         _save_student(distiller.student, checkpoints.student_state(last), parts, config.output)
         write_whole(config.output / RESULTS, json.dumps(dataclasses.asdict(results), indent=1))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return results, log
 
 
@@ -238,7 +239,9 @@ def _baseline(
 ) -> dict[str, dict[str, float]]:
     """Scores of the teacher and of the student before; read again where they were written."""
     path = config.output / "baseline.json"
-    if path.is_file():
+    is_written = path.is_file()
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if is_written:
         return json.loads(path.read_text(encoding="utf-8"))
     scores = {} if parts.cache is None else {TEACHER: parts.cache.scores}
     for name, model in {TEACHER: parts.teacher, START: parts.student}.items():

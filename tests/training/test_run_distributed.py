@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.support.runs import ROOT, invoke, make_assets, settings
@@ -40,7 +41,7 @@ def launch(kind, folder, *arguments):
     script.write_text(COMMAND, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(script), kind, "train", *arguments],
+        [*command, str(script), kind, *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -60,7 +61,7 @@ def test_two_processes_train_the_student_of_one(assets, tmp_path, task):
     assert result.exit_code == 0, result.output
     found = {"one": weights(folders["one"])}
     for kind in ("ddp", "fsdp2"):
-        shown = launch(kind, tmp_path, *settings(assets, folders[kind], *options))
+        shown = launch(kind, tmp_path, "train", *settings(assets, folders[kind], *options))
         assert shown.count("student at the start:") == 1  # one process speaks
         found[kind] = weights(folders[kind])
         assert found[kind].keys() == found["one"].keys()
@@ -77,14 +78,34 @@ def test_two_processes_train_the_student_of_one(assets, tmp_path, task):
 @pytest.mark.slow
 def test_a_sharded_training_goes_on_to_the_same_bits(assets, tmp_path):
     folder, options = tmp_path / "run", ("classification", "train.keep=4")
-    launch("fsdp2", tmp_path, *settings(assets, folder, *options))
+    launch("fsdp2", tmp_path, "train", *settings(assets, folder, *options))
     before = weights(folder)
     last = max((folder / "checkpoints").glob("step-*"))
     shutil.rmtree(last)
     shutil.rmtree(folder / "student")
-    launch("fsdp2", tmp_path, *settings(assets, folder, *options))
+    launch("fsdp2", tmp_path, "train", *settings(assets, folder, *options))
     after = weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_comparison_runs_all_its_trainings_in_the_same_processes(assets, tmp_path):
+    base = {
+        "task": "classification",
+        "teacher": str(assets / "encoder"),
+        "student": {"layers": 2},
+        "data": {"source": str(assets / "rows.jsonl"), "max_tokens": 12, "rows": 6},
+        "steps": 2,
+    }
+    arms = {"labels": {"distill": {"beta": 0, "delta": 0}}, "features": {}}
+    settings = {"title": "Tiny", "output": str(tmp_path / "out"), "base": base, "arms": arms}
+    path = tmp_path / "compare.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    shown = launch("ddp", tmp_path, "compare", str(path))
+    assert shown.count("Tiny") == 1
+    assert shown.count("teacher: accuracy") == 1  # scored once for all
+    assert "features against labels" in " ".join(shown.split())
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def weights(folder):
