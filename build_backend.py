@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from setuptools import build_meta
@@ -89,6 +90,17 @@ def nvcc_command() -> tuple[list[str], list[str]]:
     command = [str(nvcc), *NVCC_FLAGS, *targets, "--threads=0"]
     command.append("-Xcompiler=-fPIC,-fvisibility=hidden")
     return command, nvcc_folders(nvcc)["LIBRARIES"]
+
+
+def compile_kernels(folder: str, spawn: Callable[[list[str]], None]) -> tuple[list, list[str]]:
+    """Every CUDA source with nvcc: the objects, in this folder, and folders of libraries."""
+    command, libraries = nvcc_command()
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    objects = []
+    for source in sorted(Path("csrc/cuda").glob("*.cu")):
+        objects.append(str(Path(folder) / f"{source.stem}.cu.o"))
+        spawn([*command, "-c", str(source), "-o", objects[-1]])
+    return objects, libraries
 
 
 def get_requires_for_build_wheel(config_settings=None):

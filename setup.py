@@ -15,7 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import TORCH, find_torch, nvcc_command, wants_cuda
+from build_backend import TORCH, compile_kernels, find_torch, wants_cuda
 
 # LibTorch's stable ABI of 2.10: one binary serves every later torch, and every Python.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -24,14 +24,13 @@ COST = """
 ================================================================================
 fakd is being installed WITHOUT its compiled {engine} engine:
   {reason}
-Everything works, {cost} fakd_kernels.engines() tells what is built.
+Everything works, {cost}, then reinstall. fakd_kernels.engines() tells what is built.
 ================================================================================
 """
-CPU_COST = """in plain PyTorch: losses of CPU tensors take 2 to 10 times as
-long. CUDA tensors are not affected. To build the engine, install g++ or clang++
-and torch >= 2.10, then reinstall."""
-CUDA_COST = """and Triton serves CUDA tensors. CPU tensors are not affected. To
-build the engine, install the CUDA toolkit, then reinstall."""
+CPU_COST = """in plain PyTorch: losses of CPU tensors take 2 to 10 times as long. CUDA tensors
+are not affected. To build the engine, install g++ or clang++ and torch >= 2.10"""
+CUDA_COST = """and Triton serves CUDA tensors. CPU tensors are not affected. To build the engine,
+install the CUDA toolkit"""
 
 
 class BuildLibraries(build_ext):
@@ -39,9 +38,7 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         if CUDA_LIBRARY not in self.extensions:
-            sys.stderr.write(
-                "fakd's CUDA engine is not built: torch has no CUDA, or FAKD_CUDA=0.\n"
-            )
+            sys.stderr.write("fakd's CUDA engine is not built: torch has none, or FAKD_CUDA=0.\n")
         super().run()
 
     def build_extension(self, extension: Extension) -> None:
@@ -50,13 +47,12 @@ class BuildLibraries(build_ext):
             torch = find_torch()
             if torch is None:
                 raise RuntimeError(f"no {TORCH} was found to build against")
-            extension.include_dirs += [
-                str(torch / "include"),
-                str(torch / "include/torch/csrc/api/include"),
-            ]
+            folders = ("include", "include/torch/csrc/api/include")
+            extension.include_dirs += [str(torch / folder) for folder in folders]
             extension.library_dirs.append(str(torch / "lib"))
             if is_cuda:
-                self.compile_kernels(extension)
+                extension.extra_objects, folders = compile_kernels(self.build_temp, self.spawn)
+                extension.library_dirs += folders
             super().build_extension(extension)
         except Exception as error:
             if os.environ.get("FAKD_CUDA" if is_cuda else "FAKD_CPU") == "1":
@@ -66,20 +62,11 @@ class BuildLibraries(build_ext):
             # Editable installs copy what was built; an empty list keeps them from failing here.
             self.extensions = [e for e in self.extensions if e is not extension]
 
-    def compile_kernels(self, extension: Extension) -> None:
-        command, folders = nvcc_command()
-        Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
-            compiled = str(Path(self.build_temp) / f"{source.stem}.cu.o")
-            self.spawn([*command, "-c", str(source), "-o", compiled])
-            extension.extra_objects.append(compiled)
-        extension.library_dirs += folders
-
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + SUFFIX
 
     def get_export_symbols(self, extension: Extension) -> list[str]:
-        return extension.export_symbols
+        return []  # nor a PyInit
 
     def get_outputs(self) -> list[str]:
         return [path for path in super().get_outputs() if os.path.exists(path)]
