@@ -21,6 +21,8 @@ static_assert(ELEMENTS * WARP_SIZE == WIDEST_OF_WARP);
 // Where student, teacher and gradient are never aligned together, elements are read one by one:
 // with fewer in registers, most of a row is read again, by addresses that are no multiple of 16.
 constexpr int LOOSE_ELEMENTS = 8;
+// Of float32 rows with a bfloat16 gradient, eight elements at a time: with more sm_120 spills.
+constexpr int ELEMENTS_OF_OCTETS = 24;
 constexpr int PAIRS_PER_LAUNCH = 56;  // as many as the 4 KiB of kernel parameters hold
 
 // One layer pair. Strides are in elements; rows of the gradient follow each other without a gap.

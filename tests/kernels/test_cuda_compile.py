@@ -70,6 +70,20 @@ def test_feature_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_p
 
 
 @CAPABILITIES
+def test_projected_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
+    registers, ptx = compile_kernels("projected_rows.cu", capability, tmp_path)
+    assert len(registers) == 3
+    kernels = [body for kernel, body in ptx.items() if "align_projected_rows" in kernel]
+    assert len(kernels) == 2, "for a gradient in float32 and in bfloat16"
+    # Against three dtypes of the teacher; eight elements are two loads of P, one of half precision.
+    loads, stores = 3 * (2 + 1) * constant("ELEMENTS") // 8, 3 * constant("ELEMENTS_OF_OCTETS") // 8
+    for body in kernels:
+        assert len(re.findall(r"ld\.global\S*\.v4", body)) >= loads
+        assert len(re.findall(r"st\.global\S*\.v4", body)) >= stores
+        assert not re.search(r"\.f64|\.local|atom", body), "rows are float32, sums ordered"
+
+
+@CAPABILITIES
 def test_score_kernels_fit_their_registers_and_load_16_bytes(capability, tmp_path):
     registers, ptx = compile_kernels("dual_softmax.cu", capability, tmp_path)
     kernels = [kernel for kernel in registers if "score_rows" in kernel]
