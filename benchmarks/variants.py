@@ -3,6 +3,7 @@
 By the functions that the launchers themselves call; a dry compile needs no card and no tensors.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +14,8 @@ from fakd_kernels._triton_logits import RowForm
 from fakd_kernels.ops.attention_kl.problem import Pair, Side
 from fakd_kernels.ops.attention_kl.triton_kernel import variants as attention
 from fakd_kernels.ops.attention_kl.triton_kernel.variants import Form
+from fakd_kernels.ops.attention_map_kl import problem as maps
+from fakd_kernels.ops.attention_map_kl.triton_kernel.variants import Group, maps_variant
 from fakd_kernels.ops.feature_alignment.triton_kernel import tiles
 from fakd_kernels.ops.feature_alignment.triton_kernel import variants as features
 from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic
@@ -92,6 +95,27 @@ def mean_variants(form: Form, distance: str, capability: int) -> Named:
         yield name, attention.gradient_variant(form, distance, *options)
 
 
+def map_variant(
+    inputs: str,
+    heads: str,
+    distance: str,
+    tokens: int,
+    dtypes: tuple,
+    count: int = 12,
+    has_grad: bool = True,
+) -> Variant:
+    """The kernel of attention_map_kl, of `count` heads; dtypes of student, teacher and gradient."""
+    shape = 1, count, tokens, tokens
+    student, teacher, grad = (torch.empty(shape, dtype=d, device="meta") for d in dtypes)
+    teacher_heads = None if heads == "mean" else list(range(count))
+    sums = torch.zeros(1 if heads == "mean" else count)
+    pair = maps.Pair(
+        student, teacher, None, True, None, teacher_heads, grad if has_grad else None, sums
+    )
+    problem = maps.Problem([pair], torch.ones(1), inputs == "scores", 1.0, distance)
+    return maps_variant(Group.of(problem, pair), distance, LINES)
+
+
 def row_form(distance: str, vocab: int, is_full: bool, **changes) -> RowForm:
     """Rows of logits with everything a caller may ask for, or with nothing but a gradient."""
     flags = dict.fromkeys(RowForm._fields[2:], is_full)
@@ -113,6 +137,9 @@ def of_every_op(capability: int) -> Iterator[tuple[str, str, Variant]]:
         yield "attention_kl", name, variant
     for name, variant in mean_variants(form, "kl", capability):
         yield "attention_kl", f"{name}, averaged heads", variant
+    for inputs, heads in itertools.product(maps.INPUTS, ("match", "mean")):
+        variant = map_variant(inputs, heads, "kl", 1024, dtypes)
+        yield "attention_map_kl", inputs + ", averaged heads" * (heads == "mean"), variant
     rows = row_form("kl", 128256, is_full=False)
     yield "logit_kl", "rows", outputs.rows_variant(rows, 128256, *[half] * 5)
     of_linear = outputs.rows_variant(rows, 128256, whole, whole, half, half, half)

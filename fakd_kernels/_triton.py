@@ -81,6 +81,14 @@ def cast(x, DTYPE: tl.constexpr, IS_INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def widen(x, IS_INTERPRETED: tl.constexpr):
+    """`x.to(tl.float32)`, which the interpreter gets wrong for subnormal numbers of bfloat16."""
+    if IS_INTERPRETED and x.dtype == tl.bfloat16:
+        x = (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, IS_INTERPRETED: tl.constexpr):
     """acc + a @ b in float32; PRECISION "native" multiplies half operands as they are."""
     if IS_INTERPRETED:

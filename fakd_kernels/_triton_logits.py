@@ -205,6 +205,37 @@ def middle_terms(stats, s, t, log_ratio, scale, beta):
     return of_teacher, tl.sum(weighed(share_s, by), 1), share_s, by
 
 
+class RowDistance(NamedTuple):
+    """Of rows whose sums are whole, [BLOCK_N] each."""
+
+    value: tl.tensor  # "jsd", "mse": without the sweep that they need
+    center: tl.tensor  # mean of what the student's probabilities are multiplied by, in its units
+    balance: tl.tensor  # of both sums, sum_s / sum_t; its logarithm to base 2 for "jsd"
+    by_share: tl.tensor  # what turns `tile_gradient` into the gradient of the distance
+
+
+@triton.jit
+def distance_of(stats, inverse_temperature, FORM: tl.constexpr):
+    # Closer than a difference of logarithms where the sides are close; exactly 1 and 0 if equal.
+    balance = tl.div_rn(stats.sum_s, stats.sum_t)
+    value = tl.zeros(balance.shape, tl.float32)
+    center = tl.zeros(balance.shape, tl.float32)
+    by_share = inverse_temperature / stats.sum_s
+    if FORM.distance == "kl":
+        value = stats.moment / stats.sum_t * inverse_temperature + tl.log2(balance) * LN_2
+    elif FORM.distance == "reverse_kl":
+        center = stats.moment / stats.sum_s
+        value = (center + (stats.top_t - stats.pivot)) * inverse_temperature
+        value -= tl.log2(balance) * LN_2
+        by_share *= inverse_temperature
+    elif FORM.distance == "jsd":
+        balance = tl.log2(balance)
+        by_share *= LN_2
+    else:
+        by_share *= 2
+    return RowDistance(value, center, balance, by_share)
+
+
 class Gains(NamedTuple):
     """What the gradients of both terms are multiplied by, [BLOCK_N] each."""
 

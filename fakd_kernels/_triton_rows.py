@@ -30,6 +30,7 @@ from ._triton_logits import (
     Side,
     add_tile,
     cross_entropy,
+    distance_of,
     known_multiple,
     load_labels,
     load_sides,
@@ -135,20 +136,9 @@ def rows_kernel(
         cols, s, t, bent = load_sides(student, teacher, 0, is_kept, BLOCK_V, FORM)
         stats = add_tile(stats, s, t, cols, label, scale, FORM)
 
-    # Closer than a difference of logarithms where the sides are close; exactly 1 and 0 if equal.
-    balance = tl.div_rn(stats.sum_s, stats.sum_t)
-    center = tl.zeros((BLOCK_N,), tl.float32)
+    distance, center, balance, by_share = distance_of(stats, inverse_temperature, FORM)
     last = (tl.cdiv(vocab, BLOCK_V) - 1) * BLOCK_V  # where the last tile begins
-    by_share = inverse_temperature / stats.sum_s
-    if FORM.distance == "kl":
-        distance = stats.moment / stats.sum_t * inverse_temperature + tl.log2(balance) * LN_2
-    elif FORM.distance == "reverse_kl":
-        center = stats.moment / stats.sum_s
-        distance = (center + (stats.top_t - stats.pivot)) * inverse_temperature
-        distance -= tl.log2(balance) * LN_2
-        by_share *= inverse_temperature
-    else:
-        balance = tl.log2(balance)
+    if FORM.distance == "jsd":
         of_teacher = tl.zeros((BLOCK_N,), tl.float32)
         if FORM.is_wide:
             for back in range(0, read, BLOCK_V):
@@ -162,7 +152,6 @@ def rows_kernel(
             of_teacher, center, _share, _by = middle_terms(stats, s, t, balance, scale, beta)
         center /= stats.sum_s
         distance = (of_teacher / stats.sum_t + center) * LN_2
-        by_share *= LN_2
     ce = tl.zeros((BLOCK_N,), tl.float32)
     sum_ce = stats.sum_ce if FORM.is_warm else stats.sum_s
     if FORM.has_labels:

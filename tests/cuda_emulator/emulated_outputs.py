@@ -14,9 +14,9 @@ from .emulated import _DTYPES, KERNELS, _bytes, run
 _LOGITS, _SCORES, _PROBABILITIES, _SUMS = range(4)  # dual_softmax.cpp: enum class Task
 
 
-def schemas() -> dict[str, str]:
-    """Those of csrc/cuda/bindings_output.cpp by name: a call that does not fit one is refused."""
-    text = (KERNELS / "bindings_output.cpp").read_text()
+def schemas(bindings: str = "bindings_output.cpp") -> dict[str, str]:
+    """Those of a file of csrc/cuda by name: a call that does not fit one is refused."""
+    text = (KERNELS / bindings).read_text()
     found = re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", text)
     joined = ["".join(re.findall(r'"([^"]*)"', literals)) for literals in found]
     return {schema.split("(")[0]: schema for schema in joined}

@@ -146,6 +146,27 @@ def test_masked_scores_may_be_minus_infinity(engine):
             assert torch.autograd.grad(got, maps[0])[0].isfinite().all()
 
 
+# Scores of which the second excludes what the first believes in, and their divergence.
+EXCLUDED = (torch.tensor([1.0, 2, 0]), torch.tensor([0.5, -torch.inf, 1]), 0.349464)
+
+
+def check_excluded_keys(engine, heads):
+    """The part of the side that does not exclude the key stays in the jsd, whichever side it is."""
+    maps = [scores.expand(1, 2, 3, 3) for scores in EXCLUDED[:2]]
+    for student, teacher in (maps, maps[::-1]):
+        student = student.clone().requires_grad_()
+        options = {"inputs": "scores", "distance": "jsd", "heads": heads, "engine": engine}
+        loss = attention_map_kl(student, teacher, **options).loss
+        torch.testing.assert_close(loss, torch.tensor(EXCLUDED[2]), rtol=1e-5, atol=0)
+        assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("heads", ["match", "mean"])
+def test_jsd_of_keys_that_one_side_excludes(engine, heads):
+    check_excluded_keys(engine, heads)
+
+
 @pytest.mark.parametrize("inputs", ["probabilities", "scores"])
 @pytest.mark.parametrize("heads", ["match", "mean"])
 @pytest.mark.parametrize("distance", DISTANCES)

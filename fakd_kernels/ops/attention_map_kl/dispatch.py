@@ -5,10 +5,15 @@ from torch import Tensor
 
 from ... import _engines, _pairs
 from ..._attention import heads_compared
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton_kernel
 from .problem import Pair, Problem
 
-FILL = {"reference": reference.fill, "cpu": cpu.fill, "cuda": cuda.fill}
+FILL = {
+    "reference": reference.fill,
+    "cpu": cpu.fill,
+    "triton": triton_kernel.fill,
+    "cuda": cuda.fill,
+}
 
 
 def resolve(
@@ -58,6 +63,7 @@ def refusals(problem: Problem) -> _engines.Refusals:
     return {
         "reference": None,
         "cpu": _engines.cpu_refusal(*place),
+        "triton": _engines.triton_refusal(*place),
         "cuda": cuda.refusal(problem) or _engines.cuda_refusal(*place),
     }
 

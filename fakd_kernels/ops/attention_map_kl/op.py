@@ -59,7 +59,8 @@ def attention_map_kl(
         pair_weights: L numbers or a tensor `[L]`; default 1 / L each.
         normalizer: what the weighted sums over rows and heads are divided by, > 0; default the sum
             of row weights times the student's heads (times 1 for "mean").
-        engine: None, or "reference" | "cpu" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" | "cuda" to force one.
+            `FAKD_ENGINE` likewise.
 
     Returns:
         `AttentionKL`: loss [], per_pair [L] and per_head (the last two detached), float32 (float64

@@ -8,6 +8,7 @@ from torch import Tensor
 from ..._attention import allowed_keys, distance_of, log_mean, score_gradient
 from .problem import LEAST, Pair, Problem
 
+_EXCLUDED = -1e30  # the logarithm of a probability of 0: differences must exist
 _BLOCK_BYTES = 32 << 20  # of a block of query rows, in the dtype of the arithmetic
 
 
@@ -65,7 +66,7 @@ def _log_maps(
         maps = maps.mean(1, keepdim=True) if is_mean else maps
         return maps.clamp_min(LEAST).log().masked_fill(~allowed, 0)
     logs = torch.log_softmax((maps / temperature).masked_fill(~allowed, -torch.inf), -1)
-    logs = logs.masked_fill(~allowed, 0)
+    logs = logs.clamp_min(_EXCLUDED).masked_fill(~allowed, 0)
     return log_mean(logs, allowed) if is_mean else logs
 
 

@@ -96,7 +96,8 @@ def linear_kl(
             weights (`.tokens`). Pass the global count for accumulation or data parallelism.
         block_bytes: memory for the float32 logits of both sides of a block of tokens, a block
             being at least one token; default up to the engine, on a GPU 1 GiB.
-        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" | "cuda" to force one.
+            `FAKD_ENGINE` likewise.
 
     Returns:
         `LinearKL`: loss []; kl [] and ce [], the weighted means without any factor (ce is 0 without

@@ -85,7 +85,8 @@ def logit_kl(
             min(V_S, V_T) entries exist, in both terms and on both sides.
         normalizer: what both weighted sums over tokens are divided by, > 0; default the sum of row
             weights (`.tokens`). Pass the global count for accumulation or data parallelism.
-        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" | "cuda" to force one.
+            `FAKD_ENGINE` likewise.
 
     Returns:
         `LogitKL`: loss []; kl [] and ce [], the weighted means without any factor (ce is 0 without
