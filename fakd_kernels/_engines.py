@@ -19,9 +19,9 @@ from . import _extension
 NAMES = ("reference", "cpu", "triton", "cuda")
 # The rule of which engine serves what: asked in this order by device type, `engine=` overrides it.
 # The CUDA kernels come before Triton's because they compile nothing at run time and take rows of
-# many pairs, dtypes and widths in one launch. What they refuse goes on to Triton, and so do projected
-# pairs of feature_alignment (see its dispatch): Triton's products end with the row statistics. Not
-# measured on a card yet. "reference" serves every device and comes last.
+# many pairs, dtypes and widths in one launch. What they refuse goes on to Triton, and so do
+# projected pairs of feature_alignment (see its dispatch): Triton's products end with the row
+# statistics. Not measured on a card yet. "reference" serves every device and comes last.
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 Refusals = dict[str, str | None]  # engine -> why it cannot serve this call, None if it can
