@@ -20,6 +20,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _products as products
+
 _BLOCK_BYTES = 1 << 30
 _WIDENED_BYTES = 64 << 20  # of a slice of a head in float32
 _ROWS = 128  # of a tile of a matrix product: a block of tokens is a multiple of it
@@ -65,31 +67,11 @@ class Buffer:
         return Buffer([block], self.vocab, dtype, self.memory)
 
 
-def _is_native(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and (a.dtype == torch.float32 or a.device.type == "cuda")
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, is_added: bool = False) -> None:
-    """out = a b or out += a b; out in float32."""
-    if not _is_native(a, b):
-        a, b = a.float(), b.float()
-    if a.dtype != torch.float32:
-        aten, dtype = torch.ops.aten, torch.float32
-        if is_added:  # a float32 sum of half operands: torch >= 2.10
-            aten.addmm.dtype_out(out, a, b, dtype, out=out)
-        else:
-            aten.mm.dtype_out(a, b, dtype, out=out)
-    elif is_added:
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.mm(a, b, out=out)
-
-
 def _slices(head: Tensor, other: Tensor) -> Iterator[slice]:
     """Rows of a head that are multiplied at a time: all, unless they are widened."""
     vocab, width = head.shape
     step = vocab
-    if head.dtype != torch.float32 and not _is_native(head, other):
+    if head.dtype != torch.float32 and not products.is_native(head, other):
         step = max(_ROWS, _WIDENED_BYTES // (4 * max(1, width)))
     for begin in range(0, vocab, step):
         yield slice(begin, min(vocab, begin + step))
@@ -98,7 +80,7 @@ def _slices(head: Tensor, other: Tensor) -> Iterator[slice]:
 def make_logits(out: Tensor, hidden: Tensor, head: Tensor) -> None:
     """out [R, V] = hidden [R, D] head^T."""
     for part in _slices(head, hidden):
-        _multiply(out[:, part], hidden, head[part].T)
+        products.multiply(out[:, part], hidden, head[part].T)
 
 
 def _float32(out: Tensor) -> Tensor:
@@ -134,11 +116,11 @@ class ProjectionGradients:
             out = self.hidden[rows]
             product = _float32(out)
             for part in _slices(head, grad):
-                _multiply(product, grad[:, part], head[part], is_added=part.start > 0)
+                products.multiply(product, grad[:, part], head[part], is_added=part.start > 0)
             if product is not out:
                 out.copy_(product)
         if self.head is not None:
-            _multiply(self.head_total, grad.T, hidden, is_added=self.is_begun)
+            products.multiply(self.head_total, grad.T, hidden, is_added=self.is_begun)
             self.is_begun = True
         if self.bias is not None:
             self.bias_total += grad.sum(0, dtype=torch.float64)

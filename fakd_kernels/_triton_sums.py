@@ -13,7 +13,7 @@ _FIELDS = tl.constexpr(4)  # first, sums, slots, count: see `reduce_slots`
 
 
 @triton.jit
-def slots_kernel(table_ptr, LINES: tl.constexpr, BLOCK: tl.constexpr):
+def reduce_kernel(table_ptr, LINES: tl.constexpr, BLOCK: tl.constexpr):
     """One program per pair and head: its slots, in float64 and in a fixed order."""
     program = tl.program_id(0)
     line = table_ptr + find_line(table_ptr, program, _FIELDS, LINES) * _FIELDS
@@ -27,9 +27,9 @@ def slots_kernel(table_ptr, LINES: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(sums_ptr + head, tl.sum(total, 0).to(tl.float32))
 
 
-def slots_variant(lines: int) -> Variant:
+def reduce_variant(lines: int) -> Variant:
     constants = {"LINES": next_power_of_2(lines), "BLOCK": 1024}
-    return Variant(slots_kernel, {"table_ptr": "*i64"}, constants, 4)
+    return Variant(reduce_kernel, {"table_ptr": "*i64"}, constants, 4)
 
 
 def reduce_slots(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -> None:
@@ -38,4 +38,4 @@ def reduce_slots(pairs: Sequence[tuple[Tensor, Tensor]], device: torch.device) -
     for sums, slots in pairs:
         lines.append((first, sums, slots, slots.numel() // max(1, len(sums))))
         first += len(sums)
-    slots_variant(len(lines)).launch(first, device, make_table(lines, device))
+    reduce_variant(len(lines)).launch(first, device, make_table(lines, device))

@@ -13,7 +13,7 @@ import torch
 if shutil.which("g++") is None:
     pytest.skip("needs g++ to compile the kernels for a CPU", allow_module_level=True)
 
-from fakd_kernels import _engines, explain, feature_alignment
+from fakd_kernels import _engines, _products, explain, feature_alignment
 from fakd_kernels.ops.feature_alignment import cuda, cuda_projected, dispatch, reference
 from fakd_kernels.ops.feature_alignment.problem import Pair, Problem
 from tests.cuda_emulator import emulated
@@ -76,7 +76,7 @@ def test_half_precision(id, dtypes):
     ],
 )
 def test_a_card_multiplies_half_operands_as_they_are(dtypes, names, monkeypatch):
-    monkeypatch.setattr(cuda_projected, "_is_native", lambda a, b: a.dtype == b.dtype)
+    monkeypatch.setattr(_products, "is_native", lambda a, b: a.dtype == b.dtype)
     card = _Card()
 
     def fill(problem):

@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from benchmarks.aot import CUOBJDUMP, SHARED_BYTES, TENSOR_CORE
 from benchmarks.variants import LINES, attention_form, match_variants, mean_variants
 from fakd_kernels._triton import TL_DTYPES, Variant
+from fakd_kernels._triton_sums import reduce_variant
 from fakd_kernels.ops.attention_kl.triton_kernel import tiles, variants
 from fakd_kernels.ops.attention_kl.triton_kernel.variants import Form
 from tests.support.aot import check
@@ -102,7 +103,7 @@ def test_averaged_heads(capability, dtypes, tmp_path):
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_small_kernels_and_unaligned_heads(capability, tmp_path):
-    check("reduce", variants.reduce_variant(LINES), capability, tmp_path)
+    check("reduce", reduce_variant(LINES), capability, tmp_path)
     for dtype in (F32, BF16):
         parts = TL_DTYPES[dtype]
         group = variants.group_variant(parts, TL_DTYPES[F32], LINES)

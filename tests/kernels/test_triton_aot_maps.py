@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from benchmarks.aot import CUOBJDUMP, SHARED_BYTES
 from benchmarks.variants import map_variant
-from fakd_kernels._triton_sums import slots_variant
+from fakd_kernels._triton_sums import reduce_variant
 from tests.support.aot import check
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -70,4 +70,4 @@ def test_values_alone_and_sums(capability, tmp_path):
     for inputs, heads in KINDS:
         variant = map_variant(inputs, heads, "jsd", 1024, DTYPES["bf16"], has_grad=False)
         check(f"{inputs}, {heads}, values", variant, capability, tmp_path, SOME_POINTERS)
-    check("sums", slots_variant(16), capability, tmp_path)
+    check("sums", reduce_variant(16), capability, tmp_path)

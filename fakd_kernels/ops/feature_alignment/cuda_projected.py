@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _products as products
 from .problem import Pair, Problem
 
 # Of P, dP and copies of X: those of a chunk stay in the L2 of an A100 (40 MiB) or H100 (50 MiB).
@@ -156,7 +157,7 @@ class _Projections:
 
     def of(self, pair: Pair, other: Tensor) -> Tensor:
         """[Dt, Ds], to be multiplied with another matrix."""
-        if _is_native(pair.projection, other):
+        if products.is_native(pair.projection, other):
             return pair.projection
         if pair.projection_index not in self._widened:
             self._widened[pair.projection_index] = pair.projection.float()
@@ -195,7 +196,7 @@ class _Totals:
                 self._products[index] = (
                     grad if is_total else torch.empty_like(grad, dtype=torch.float32)
                 )
-            _multiply(self._products[index], grad_p.T, x, is_added)
+            products.multiply(self._products[index], grad_p.T, x, is_added)
         if problem.wants_bias(pair):
             self._sums[pair.bias_index] += grad_p.sum(0, dtype=torch.float64)
 
@@ -224,7 +225,7 @@ def _fill_chunk(
         pair = piece.pair
         if pair.bias is not None:
             p.copy_(pair.bias)
-        _multiply(p, x, projections.of(pair, x).T, is_added=pair.bias is not None)
+        products.multiply(p, x, projections.of(pair, x).T, is_added=pair.bias is not None)
     row_weights = [_rows_of(piece.pair.row_weights, piece) for piece in chunk]
     torch.ops.fakd_ext.align_projected(
         [p for _, p, _ in parts],
@@ -244,7 +245,7 @@ def _fill_chunk(
             continue
         grad_x = _rows_of(piece.pair.grad_student, piece)
         if grad_x is not None:
-            _multiply(grad_x, grad_p, projections.of(piece.pair, grad_p))
+            products.multiply(grad_x, grad_p, projections.of(piece.pair, grad_p))
         totals.add(problem, piece.pair, grad_p, x)
 
 
@@ -256,22 +257,3 @@ def _student(piece: _Piece) -> Tensor:
     """X [R, Ds]: 0 in rows of weight 0."""
     x, w = piece.pair.student[piece.rows], _rows_of(piece.pair.row_weights, piece)
     return x if w is None else torch.where(w[:, None] == 0, 0, x)
-
-
-def _is_native(a: Tensor, b: Tensor) -> bool:
-    """Whether they are multiplied as they are; a CPU has no float32 result of half operands."""
-    return a.dtype == b.dtype and (a.dtype == torch.float32 or a.device.type == "cuda")
-
-
-def _multiply(out: Tensor, a: Tensor, b: Tensor, is_added: bool = False) -> None:
-    """out = a b, or out += a b for an out in float32."""
-    if not _is_native(a, b):
-        a, b = a.float(), b.float()
-    if out.dtype == a.dtype:
-        torch.addmm(out, a, b, out=out) if is_added else torch.mm(a, b, out=out)
-    elif a.dtype == torch.float32:
-        out.copy_(torch.mm(a, b))
-    elif is_added:  # a float32 sum of half operands: torch >= 2.10
-        torch.ops.aten.addmm.dtype_out(out, a, b, torch.float32, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, torch.float32, out=out)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .... import _triton
+from ...._triton_sums import reduce_slots
 from ..problem import Pair, Problem
 from . import variants
 from .fields import make_line
@@ -75,13 +76,7 @@ class Call:
 
     def reduce(self) -> None:
         """Values of blocks become sums."""
-        lines, first = [], 0
-        for member in self.members:
-            sums = member.pair.sums
-            lines.append((first, sums, member.slots, member.slots.numel() // max(1, len(sums))))
-            first += len(sums)
-        table = _triton.make_table(lines, self.device)
-        variants.reduce_variant(len(lines)).launch(first, self.device, table)
+        reduce_slots([(member.pair.sums, member.slots) for member in self.members], self.device)
 
 
 def count_programs(variant: _triton.Variant, values: dict) -> int:

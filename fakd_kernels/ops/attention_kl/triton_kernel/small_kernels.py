@@ -1,34 +1,14 @@
-"""Kernels that add up what others left apart: values of blocks, gradients of query heads.
-
-Both in a fixed order: no atomics, so equal bits every run.
-"""
+"""The kernel that adds up gradients of query heads, in a fixed order: equal bits every run."""
 
 import triton
 import triton.language as tl
 
 from ...._triton import cast, find_line, load_pointer
 
-# Fields of the tables' lines, in order.
-REDUCE_FIELDS = ("first", "sums", "slots", "count")
+# Fields of a table's line, in order.
 GROUP_FIELDS = ("first", "parts", "out", "size", "group", "is_added")
 
-_REDUCE = tl.constexpr(len(REDUCE_FIELDS))
 _GROUP = tl.constexpr(len(GROUP_FIELDS))
-
-
-@triton.jit
-def reduce_kernel(table_ptr, LINES: tl.constexpr, BLOCK: tl.constexpr):
-    """One program per pair and head: add its slots, in float64."""
-    program = tl.program_id(0)
-    line = table_ptr + find_line(table_ptr, program, _REDUCE, LINES) * _REDUCE
-    head, count = program - tl.load(line), tl.load(line + 3)
-    places = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float64)
-    ptrs = load_pointer(line + 2, tl.float64, False) + head * count + places
-    for begin in range(0, count, BLOCK):
-        total += tl.load(ptrs + begin, mask=places < count - begin, other=0.0)
-    sums_ptr = load_pointer(line + 1, tl.float32, False)
-    tl.store(sums_ptr + head, tl.sum(total, 0).to(tl.float32))
 
 
 @triton.jit

@@ -19,7 +19,7 @@ from .forward_kernel import forward_kernel
 from .gradient_kernel import gradient_kernel
 from .mean_kernels import center_kernel, map_kernel, sums_kernel
 from .rows import SideForm
-from .small_kernels import group_kernel, reduce_kernel
+from .small_kernels import group_kernel
 
 GROUP_BLOCK = 1024  # elements of a program of `group_kernel`
 
@@ -169,12 +169,6 @@ def center_variant(form: Form, distance: str, capability: int, lines: int) -> Va
     sides = (form.student,)
     return _variant(
         center_kernel, {"table_ptr": "*i64"}, constants, "forward", sides, capability, lines
-    )
-
-
-def reduce_variant(lines: int) -> Variant:
-    return Variant(
-        reduce_kernel, {"table_ptr": "*i64"}, {"LINES": next_power_of_2(lines), "BLOCK": 1024}, 4
     )
 
 
