@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,7 @@ class Planned:
 
     teacher: RunConfig | None
     # By arm, one for each seed.
-    arms: dict[str, list[RunConfig]] = field(default_factory=dict)
+    arms: dict[str, list[RunConfig]]
 
 
 def load_comparison(path: Path, overrides: list[str]) -> CompareConfig:

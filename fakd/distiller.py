@@ -1,8 +1,9 @@
 """Teacher, student and losses as one module that any training loop can call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from .losses import (
 )
 from .mapping import attention_pairs, layer_pairs
 from .outputs import compare_outputs, stored_states, take_stored
-from .terms import build_losses, teaches
+from .terms import build_losses
 from .weighting import Weighting
 
 
@@ -164,19 +165,25 @@ class Distiller(nn.Module):
 
     @classmethod
     def from_config(
-        cls, teacher: nn.Module | None, student: nn.Module, config: DistillConfig
+        cls,
+        teacher: nn.Module | None,
+        student: nn.Module,
+        config: DistillConfig,
+        losses: Mapping[str, Any] | None = None,
     ) -> "Distiller":
-        """Build the losses that `config` names; without a teacher, those of labels alone."""
-        weighting = Weighting(config.schedules, config.balance)
-        if teacher is None or not teaches(config):
-            return cls(None, student, task_weight=config.task_weight, weighting=weighting)
+        """Build the losses that `config` names; without a teacher, those of labels alone.
+
+        `losses` are what `build_losses` gave for these models, or for one that is stored now.
+        """
+        if losses is None:
+            losses = build_losses(config, teacher, student)
         return cls(
-            teacher,
+            teacher if losses else None,
             student,
-            **build_losses(config, teacher, student),
+            **losses,
             attention_mapping=config.attention_mapping,
             top_k=config.top_k or 0,
-            weighting=weighting,
+            weighting=Weighting(config.schedules, config.balance),
             task_weight=config.task_weight,
         )
 

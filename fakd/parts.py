@@ -15,8 +15,7 @@ from .distiller import Distiller
 from .language_models import check_causal, check_packing
 from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
 from .teacher_cache import Identity, TeacherCache, hash_weights
-from .terms import build_losses, teaches
-from .weighting import Weighting
+from .terms import build_losses
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ def build(config: RunConfig) -> Parts:
             check_packing(model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-    learns = teacher is not None and teaches(config.distill)
-    losses = build_losses(config.distill, teacher, student) if learns else {}
+    losses = build_losses(config.distill, teacher, student)
     cache = None
     if config.teacher_cache is not None:
         cache = TeacherCache(config.teacher_cache)
@@ -109,12 +107,4 @@ def cache_identity(
 
 def make_distiller(config: RunConfig, parts: Parts) -> Distiller:
     """Teacher, student and losses as one module."""
-    return Distiller(
-        parts.teacher if parts.losses else None,
-        parts.student,
-        **parts.losses,
-        attention_mapping=config.distill.attention_mapping,
-        top_k=config.distill.top_k or 0,
-        weighting=Weighting(config.distill.schedules, config.distill.balance),
-        task_weight=config.distill.task_weight,
-    )
+    return Distiller.from_config(parts.teacher, parts.student, config.distill, parts.losses)

@@ -15,13 +15,13 @@ from .losses import (
 from .mapping import attention_pairs, layer_pairs
 
 
-def teaches(config: DistillConfig) -> bool:
-    """Whether any term looks at the teacher."""
-    return any((config.alpha, config.beta, config.gamma, config.delta))
+def build_losses(config: DistillConfig, teacher: nn.Module | None, student: nn.Module) -> dict:
+    """What `Distiller` takes as `mapping`, `feature`, `attention` and `output`.
 
-
-def build_losses(config: DistillConfig, teacher: nn.Module, student: nn.Module) -> dict:
-    """What `Distiller` takes as `mapping`, `feature`, `attention` and `output`."""
+    Empty without a teacher, or where no term looks at it.
+    """
+    if teacher is None or not any((config.alpha, config.beta, config.gamma, config.delta)):
+        return {}
     layers = layer_count(student), layer_count(teacher)
     pairs = layer_pairs(config.mapping, *layers)
     feature = attention = None
