@@ -46,7 +46,8 @@ demo-lm: $(VENV)/.demo-lm
 	$(BIN)/python -m fakd demo sotu
 
 # Triton's interpreter must be chosen before Triton is imported, hence a second process.
-test: $(VENV)/.demo
+# With the models and texts of both demos: the proofs on real weights are tests too.
+test: $(VENV)/.demo $(VENV)/.demo-lm
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/kernels/test_*_triton.py)
 

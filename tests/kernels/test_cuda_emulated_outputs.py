@@ -25,7 +25,13 @@ from tests.support.output_cases import (
     make_linear,
     make_logits,
 )
-from tests.support.output_checks import check, check_learned_weights, results
+from tests.support.output_checks import (
+    check,
+    check_entries_of_probability_0,
+    check_learned_weights,
+    check_tokens_that_do_not_count,
+    results,
+)
 
 ALL = DISTANCES["f32"]
 CASES = {case.id: case for case in DENSE_CASES}
@@ -141,24 +147,11 @@ def test_equal_sides_give_nothing(vocab, distance):
 
 @pytest.mark.parametrize("distance", ALL)
 def test_entries_of_probability_0_are_as_if_they_were_not_there(distance):
-    whole, part = (make_logits(CASES["labels"]) for _ in range(2))
     is_away = torch.arange(61) % 4 == 1
     is_away[:16] = True  # and an octet without any
-    with torch.no_grad():
-        for name in ("student_logits", "teacher_logits"):
-            whole.tensors[name].masked_fill_(is_away, -torch.inf)
-            part.tensors[name] = part.tensors[name][..., ~is_away].detach()
-    labels = whole.tensors["labels"]
-    labels[is_away[labels.clamp_min(0)]] = -100
-    kept = (~is_away).cumsum(0) - 1
-    part.tensors["labels"] = torch.where(labels < 0, labels, kept[labels.clamp_min(0)])
-    part.tensors["student_logits"].requires_grad_()
-    got, want = (results(inputs, engine="cuda", distance=distance) for inputs in (whole, part))
-    grad = got["student_logits"]
-    assert not grad[..., is_away].any()
-    got["student_logits"] = grad[..., ~is_away]
-    for name, value in got.items():
-        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+    check_entries_of_probability_0(
+        lambda: make_logits(CASES["labels"]), is_away, "cuda", distance=distance
+    )
 
 
 def test_what_one_side_excludes():
@@ -192,16 +185,7 @@ def test_nan_and_rows_without_any_probability_are_nan(side, distance, vocab):
 @pytest.mark.parametrize("case", [CASES["float"], WIDE], ids=["narrow", "wide"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_tokens_that_do_not_count_may_hold_anything(case, value):
-    inputs, hostile = make_logits(case), make_logits(case)
-    is_masked = hostile.tensors["mask"] == 0
-    away = is_masked | (hostile.tensors["labels"] == -100)
-    with torch.no_grad():
-        for name in ("student_logits", "teacher_logits"):
-            hostile.tensors[name].masked_fill_(away[..., None], value)
-        hostile.tensors["labels"].masked_fill_(is_masked, 10**6)
-    want, got = (results(each, engine="cuda", ce_weight=0.5) for each in (inputs, hostile))
-    for name, tensor in got.items():
-        torch.testing.assert_close(tensor, want[name], rtol=0, atol=0)
+    check_tokens_that_do_not_count(lambda: make_logits(case), "cuda", value, ce_weight=0.5)
 
 
 def test_labels_outside_the_vocabulary_are_nan(monkeypatch):

@@ -31,7 +31,12 @@ from tests.support.output_cases import (
     OutputCase,
     make_linear,
 )
-from tests.support.output_checks import check, check_learned_weights, results
+from tests.support.output_checks import (
+    check,
+    check_learned_weights,
+    check_tokens_that_do_not_count,
+    results,
+)
 
 prepare_once()
 CASES = {case.id: case for case in DENSE_CASES}
@@ -100,16 +105,7 @@ def test_a_copy_of_the_teacher_has_no_loss_and_no_gradient(dtypes, distance):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_tokens_that_do_not_count_may_hold_anything(value):
-    inputs, hostile = make(CASES["float"]), make(CASES["float"])
-    is_masked = hostile.tensors["mask"] == 0
-    away = is_masked | (hostile.tensors["labels"] == -100)
-    with torch.no_grad():
-        for name in ("student_hidden", "teacher_hidden"):
-            hostile.tensors[name].masked_fill_(away[..., None], value)
-        hostile.tensors["labels"].masked_fill_(is_masked, 10**6)
-    want, got = (results(each, engine="triton") for each in (inputs, hostile))
-    for name in got:
-        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+    check_tokens_that_do_not_count(lambda: make(CASES["float"]), "triton", value)
 
 
 @pytest.mark.parametrize("name", ["student_hidden", "teacher_hidden", "teacher_head"])

@@ -1,5 +1,7 @@
 """What the tests of linear_kl, logit_kl and topk_kl do alike."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,3 +79,42 @@ def check_learned_weights(inputs: OutputInputs, engine: str) -> None:
     torch.testing.assert_close(weights["kl_weight"].grad, factor * result.kl)
     torch.testing.assert_close(weights["ce_weight"].grad, result.ce)
     assert all(leaf.grad is not None for leaf in inputs.leaves.values())
+
+
+def check_tokens_that_do_not_count(
+    make: Callable[[], OutputInputs], engine: str, value: float, **options
+) -> None:
+    """They may hold anything, labels included, and change nothing."""
+    inputs, hostile = make(), make()
+    is_masked = hostile.tensors["mask"] == 0
+    away = is_masked | (hostile.tensors["labels"] == -100)
+    with torch.no_grad():
+        for name, tensor in hostile.tensors.items():
+            if name.endswith(("_logits", "_hidden")):
+                tensor.masked_fill_(away[..., None], value)
+        hostile.tensors["labels"].masked_fill_(is_masked, 10**6)
+    want, got = (results(each, engine=engine, **options) for each in (inputs, hostile))
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, want[name], rtol=0, atol=0)
+
+
+def check_entries_of_probability_0(
+    make: Callable[[], OutputInputs], is_away: Tensor, engine: str, **options
+) -> None:
+    """Logits that are -inf on both sides are as if they were not there; `is_away` [V]."""
+    whole, part = make(), make()
+    with torch.no_grad():
+        for name in ("student_logits", "teacher_logits"):
+            whole.tensors[name].masked_fill_(is_away, -torch.inf)
+            part.tensors[name] = part.tensors[name][..., ~is_away].detach()
+    labels = whole.tensors["labels"]
+    labels[is_away[labels.clamp_min(0)]] = -100
+    kept = (~is_away).cumsum(0) - 1
+    part.tensors["labels"] = torch.where(labels < 0, labels, kept[labels.clamp_min(0)])
+    part.tensors["student_logits"].requires_grad_()
+    got, want = (results(inputs, engine=engine, **options) for inputs in (whole, part))
+    grad = got["student_logits"]
+    assert not grad[..., is_away].any()
+    got["student_logits"] = grad[..., ~is_away]
+    for name, value in got.items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)

@@ -3,13 +3,8 @@
 from importlib import metadata
 
 import pytest
-from typer.testing import CliRunner
 
-from fakd.cli import app
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+from tests.support.runs import invoke
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,12 @@ import json
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from fakd.cli import app
 from fakd.compare import load_comparison, plan_trainings
 from fakd.config_file import ConfigError
 from fakd.demo import load_demo
 from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
+from tests.support.runs import invoke
 from tests.support.sources import own_caches
 from tests.support.texts import words
 
@@ -69,10 +68,6 @@ def write(folder, **changes):
     path = folder / "compare.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return path
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_a_whole_comparison(folder):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from typer.testing import CliRunner
 
-from fakd.cli import app
 from fakd.config_file import load_config
 from fakd.data import collate, prepare
 from fakd.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher
-from tests.support.models import tiny_lm, tiny_model, tiny_tokenizer
+from tests.support.models import tiny_tokenizer
+from tests.support.runs import invoke, make_assets
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,24 +22,18 @@ def _own_cache(tmp_path_factory):
         yield
 
 
+# The teacher and the texts of each.
+TASKS = {"classification": ("encoder", "rows.jsonl"), "causal_lm": ("lm", "text.txt")}
+
+
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory):
     """Settings of both tasks: texts, and a tiny teacher for each."""
-    folder = tmp_path_factory.mktemp("assets")
-    texts = [" ".join(f"w{(i * k) % 43}" for k in range(2, 5 + i % 7)) for i in range(90)]
-    rows = [json.dumps({"text": t, "label": "ab"[i % 2]}) for i, t in enumerate(texts)]
-    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    (folder / "text.txt").write_text(" ".join(texts), encoding="utf-8")
-    teacher = tiny_model(layers=4, labels=2)
-    teacher.config.id2label, teacher.config.label2id = {0: "a", 1: "b"}, {"a": 0, "b": 1}
-    teacher.save_pretrained(folder / "classification")
-    tiny_lm(layers=4).save_pretrained(folder / "causal_lm")
-    for task in ("classification", "causal_lm"):
-        tiny_tokenizer().save_pretrained(folder / task)
-        source = "rows.jsonl" if task == "classification" else "text.txt"
+    folder = make_assets(tmp_path_factory.mktemp("assets"))
+    for task, (teacher, source) in TASKS.items():
         lines = [
             f"task: {task}",
-            f"teacher: {folder / task}",
+            f"teacher: {folder / teacher}",
             "student: {layers: 2}",
             f"data: {{source: {folder / source}, max_tokens: 12, rows: 4}}",
             "steps: 6",
@@ -50,10 +43,6 @@ def assets(tmp_path_factory):
         ]
         (folder / f"{task}.yaml").write_text("\n".join(lines), encoding="utf-8")
     return folder
-
-
-def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def run(command, assets, task, *values):
@@ -112,7 +101,7 @@ def test_training_from_the_cache_is_training_with_the_teacher(assets, caches, tm
 
 def test_entries_are_the_teachers_own(assets, caches):
     cache = TeacherCache(caches["classification"])
-    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "classification").eval()
+    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "encoder").eval()
     prepared = prepare(
         load_config(assets / "classification.yaml").data, "classification", tiny_tokenizer()
     )
@@ -141,7 +130,7 @@ def test_states_lie_where_the_tokens_do(assets, caches, side):
     rows = RowsWithTeacher(prepared.train, cache)
     batch = collator([rows[index] for index in (0, 5, 7)])
     assert "teacher_state_2" not in batch
-    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "classification").eval()
+    teacher = AutoModelForSequenceClassification.from_pretrained(assets / "encoder").eval()
     entries = {name: batch[name] for name in ("input_ids", "attention_mask")}
     mask = entries["attention_mask"].bool()
     assert not mask.all()
