@@ -33,7 +33,7 @@ from .losses import (
 )
 from .mapping import attention_pairs, layer_pairs
 from .outputs import compare_outputs, stored_states, take_stored
-from .terms import build_losses
+from .terms import build_losses, check_pairs
 from .weighting import Weighting
 
 
@@ -145,7 +145,7 @@ class Distiller(nn.Module):
                     )
             if feature is not None:
                 self.feature, self.pairs = feature, list(mapping)
-                _check_pairs("feature", feature, self.pairs)
+                check_pairs("feature", feature, self.pairs)
             return
         teacher.requires_grad_(False).eval()
         if output is not None and feature is None and attention is None:
@@ -158,9 +158,9 @@ class Distiller(nn.Module):
             )
         if attention is not None:
             self.attention_pairs = attention_pairs(attention_mapping, self.pairs, *layers)
-            _check_pairs("attention", attention, self.attention_pairs)
+            check_pairs("attention", attention, self.attention_pairs)
         if feature is not None:
-            _check_pairs("feature", feature, self.pairs)
+            check_pairs("feature", feature, self.pairs)
         self.feature, self.attention = feature, attention
 
     @classmethod
@@ -342,14 +342,6 @@ class Distiller(nn.Module):
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def _check_pairs(name: str, loss: nn.Module, pairs: list[tuple[int, int]]) -> None:
-    if loss.pairs != len(pairs):
-        raise ValueError(
-            f"{name} must be built for the {len(pairs)} pairs of the map {pairs}: got one for "
-            f"{loss.pairs}; pass pairs={len(pairs)} to it."
-        )
 
 
 def _pair_up(pairs: list[tuple[int, int]], ours: dict, theirs: dict) -> tuple[list, list]:

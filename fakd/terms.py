@@ -56,3 +56,12 @@ def build_output(
         return LogitKLLoss(**options)
     options["ce_weight"] = config.task_weight
     return LinearKLLoss(**options) if config.top_k is None else TopKKLLoss(**options)
+
+
+def check_pairs(name: str, loss: nn.Module, pairs: list[tuple[int, int]]) -> None:
+    """Check that a loss was built for a map of layers."""
+    if loss.pairs != len(pairs):
+        raise ValueError(
+            f"{name} must be built for the {len(pairs)} pairs of the map {pairs}: got one for "
+            f"{loss.pairs}; pass pairs={len(pairs)} to it."
+        )
