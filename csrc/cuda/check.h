@@ -61,8 +61,10 @@ inline float* floats_of(
 // Kernels run on the current stream of a device, a cudaStream_t.
 inline void* current_stream(const Tensor& first) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream));
+  // Not by torch's own macro: its name differs between 2.11 and 2.13.
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream(first.get_device_index(), &stream) == 0,
+      "CUDA device ", first.get_device_index(), " must have a current stream: torch gave none.");
   return stream;
 }
 

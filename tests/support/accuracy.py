@@ -30,8 +30,8 @@ def assert_accurate(
     """
     if got.shape != truth.shape:
         raise AssertionError(f"{name}: shape {list(got.shape)}, expected {list(truth.shape)}")
-    got64, eager64 = got.detach().double().cpu(), eager.detach().double().cpu()
-    truth = truth.detach().double().cpu()
+    got64, eager64 = got.detach().double(), eager.detach().to(got.device).double()
+    truth = truth.detach().to(got.device).double()
     finite = torch.isfinite(truth.to(dtype))
     if not torch.equal(torch.isfinite(got64), finite):
         first = (torch.isfinite(got64) != finite).nonzero()[0].tolist()

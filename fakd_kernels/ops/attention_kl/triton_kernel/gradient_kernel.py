@@ -86,7 +86,7 @@ def gradient_kernel(
     column = load_int(line + fields.COLUMN)
     acc = ()
     for i in tl.static_range(len(STUDENT.pieces)):
-        acc += (tl.zeros((BLOCK_OWN, STUDENT.pieces[i][1]), tl.float32),)
+        acc += (tl.zeros((BLOCK_OWN, tl.constexpr(STUDENT.pieces[i][1])), tl.float32),)
     own = begin + tl.arange(0, BLOCK_OWN)
     if OF_QUERIES:
         top_s, share = load_sums(student_sums, stride, own, rows.end)

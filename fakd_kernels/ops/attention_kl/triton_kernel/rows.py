@@ -163,7 +163,8 @@ def row_ptrs(tensor, batch, head, begin, BLOCK: tl.constexpr, FORM: tl.constexpr
 @triton.jit
 def piece_columns(mask, column, width, INDEX: tl.constexpr, FORM: tl.constexpr):
     """Columns of a piece, from `column` on, and `mask` of rows with the columns that exist."""
-    cols = column + FORM.pieces[INDEX][0] + tl.arange(0, FORM.pieces[INDEX][1])[None, :]
+    WIDTH: tl.constexpr = FORM.pieces[INDEX][1]
+    cols = column + FORM.pieces[INDEX][0] + tl.arange(0, WIDTH)[None, :]
     if INDEX == len(FORM.pieces) - 1 and not FORM.is_whole:
         mask = mask & (cols < width)
     return cols, mask
@@ -217,7 +218,7 @@ def score_tiles(side, others, other_ptrs, is_other, rows, FORM: tl.constexpr):
     s = tl.zeros((side.own_ptrs.shape[0], other_ptrs.shape[0]), tl.float32)
     if FORM.step == 0:
         for i in tl.static_range(len(FORM.pieces)):
-            s = dot(side.own[i], others[i].T, s, FORM.precision, FORM.is_interpreted)
+            s = dot(side.own[i], others[i].T, s, tl.constexpr(FORM.precision), FORM.is_interpreted)
     else:
         is_read = is_own(rows)
         for begin in range(0, side.width, FORM.step):
@@ -225,7 +226,7 @@ def score_tiles(side, others, other_ptrs, is_other, rows, FORM: tl.constexpr):
             is_column = cols < (begin + FORM.step if FORM.is_whole else side.width)
             own = tl.load(side.own_ptrs + cols, mask=is_read[:, None] & is_column, other=0.0)
             other = tl.load(other_ptrs + cols, mask=is_other[:, None] & is_column, other=0.0)
-            s = dot(own, other.T, s, FORM.precision, FORM.is_interpreted)
+            s = dot(own, other.T, s, tl.constexpr(FORM.precision), FORM.is_interpreted)
     s *= side.inner
     bent = s
     if FORM.is_capped:

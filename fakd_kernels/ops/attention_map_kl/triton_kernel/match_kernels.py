@@ -142,7 +142,7 @@ def probabilities_kernel(
             load_probabilities(student, rows, cols, FORM),
             load_probabilities(teacher, rows, cols, FORM),
         )
-        values, grad = probability_terms(s, t, FORM.distance)
+        values, grad = probability_terms(s, t, tl.constexpr(FORM.distance))
         value += tl.sum(tl.where(allowed, values, 0.0), 1)
         if FORM.wants_grad:
             store_gradient(grad_ptrs, rows, cols, grad * gain[:, None], allowed, FORM)

@@ -119,7 +119,7 @@ def compare_tile(student, teacher, rows, start, scale, BLOCK_V: tl.constexpr, FO
     allowed = allowed_keys(rows, cols, FORM)
     top_s, share_s = mean_tile(student, rows, cols, allowed, scale, FORM)
     top_t, share_t = mean_tile(teacher, rows, cols, allowed, scale, FORM)
-    values, by = mean_terms(top_s, share_s, top_t, share_t, FORM.distance)
+    values, by = mean_terms(top_s, share_s, top_t, share_t, tl.constexpr(FORM.distance))
     return cols, allowed, tl.sum(tl.where(allowed, values, 0.0), 1), by
 
 
@@ -127,7 +127,7 @@ def compare_tile(student, teacher, rows, start, scale, BLOCK_V: tl.constexpr, FO
 def head_terms(student, head, rows, cols, allowed, by, scale, FORM: tl.constexpr):
     """Probabilities of a tile of one head, what they weigh, and its sum: times the rows' sums."""
     below = head_tile(student, head, rows, cols, allowed, scale, FORM)
-    p, weighted = weigh(below, by, FORM.distance)
+    p, weighted = weigh(below, by, tl.constexpr(FORM.distance))
     return p, weighted, tl.sum(tl.where(allowed, weighted, 0.0), 1)
 
 
@@ -244,7 +244,7 @@ def mean_probabilities_kernel(
         cols = start + tl.arange(0, BLOCK_V)
         s = mean_probabilities(student, heads, rows, cols, (BLOCK_N, BLOCK_V), FORM)
         t = mean_probabilities(teacher, others, rows, cols, (BLOCK_N, BLOCK_V), FORM)
-        values, by = probability_terms(s, t, FORM.distance)
+        values, by = probability_terms(s, t, tl.constexpr(FORM.distance))
         allowed = allowed_keys(rows, cols, FORM)
         value += tl.sum(tl.where(allowed, values, 0.0), 1)
         if FORM.wants_grad:

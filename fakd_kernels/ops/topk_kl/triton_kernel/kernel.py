@@ -122,8 +122,9 @@ def top_rows_kernel(
     t = tl.where(index >= vocab, float("nan"), t)
     used = tl.sum(is_used.to(tl.int32), 1)
 
+    OUTCOMES: tl.constexpr = FORM.outcomes
     stats = add_tile(
-        no_stats(BLOCK_N), x, t, places, rows, inverse_temperature * LOG2_E, FORM.outcomes
+        no_stats(BLOCK_N), x, t, places, rows, inverse_temperature * LOG2_E, OUTCOMES
     )
     # Every thread has read its entries before any of them writes to the row.
     tl.debug_barrier()
@@ -162,7 +163,7 @@ def top_rows_kernel(
         log_others = tl.where(has_others, log_sum, -float("inf"))
         log_rest = tl.where(has_others, tl.log2(rest) * LN_2, -float("inf"))
         stats = add_tile(
-            stats, log_others[:, None], log_rest[:, None], places, rows, LOG2_E, FORM.outcomes
+            stats, log_others[:, None], log_rest[:, None], places, rows, LOG2_E, OUTCOMES
         )
         ghost_s = tl.exp2((log_others - stats.top_s) * LOG2_E)
         ghost_t = tl.exp2((log_rest - stats.top_t) * LOG2_E)
