@@ -9,16 +9,14 @@ from collections.abc import Iterator
 import torch
 
 from fakd_kernels import _triton_outputs as outputs
-from fakd_kernels._triton import TL_DTYPES, Variant
+from fakd_kernels._triton import Variant
 from fakd_kernels._triton_logits import RowForm
 from fakd_kernels.ops.attention_kl.problem import Pair, Side
 from fakd_kernels.ops.attention_kl.triton_kernel import variants as attention
 from fakd_kernels.ops.attention_kl.triton_kernel.variants import Form
 from fakd_kernels.ops.attention_map_kl import problem as maps
 from fakd_kernels.ops.attention_map_kl.triton_kernel.variants import Group, maps_variant
-from fakd_kernels.ops.feature_alignment.triton_kernel import tiles
 from fakd_kernels.ops.feature_alignment.triton_kernel import variants as features
-from fakd_kernels.ops.feature_alignment.triton_kernel.arithmetic import Arithmetic
 from fakd_kernels.ops.topk_kl.triton_kernel import launch as top
 from fakd_kernels.ops.topk_kl.triton_kernel.kernel import TopForm
 
@@ -26,41 +24,16 @@ LINES = 16  # layer pairs of a launch
 Named = Iterator[tuple[str, Variant]]
 
 
-def product_variants(capability: int, dtypes: tuple) -> Named:
-    """The products of feature_alignment, of students, teachers and projections of these dtypes."""
-    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
-    for kind in ("gram", "inner", "scaled", "direct"):
-        yield kind, features.outer_variant(kind, arithmetic, capability, LINES, True)
-    for is_teacher, name in ((True, "U"), (False, "V")):
-        yield name, features.statistics_variant(is_teacher, arithmetic, capability, LINES, True)
-    for kind in ("project", "student", "add"):
-        yield kind, features.product_variant(kind, arithmetic, capability, LINES, True)
-
-
 def row_variants(dtypes: tuple, widths: tuple, is_squared: bool, is_aligned: bool) -> Named:
-    """Its row kernels."""
-    x, t, _ = dtypes
-    arithmetic = Arithmetic.of(*dtypes, is_tf32_allowed=False)
+    """The row kernel of feature_alignment, on students and on rows of P in float32."""
+    x, t, w = dtypes
+    whole = torch.float32
+    grad_x = whole if x == torch.float16 else x
+    grad_p = torch.bfloat16 if {x, w} == {torch.bfloat16} else whole
     for width in widths:
-        block = tiles.align_block(width)
-        shape = block, width > block[1]
-        options = is_squared, LINES, is_aligned
-        yield (
-            f"align-{width}",
-            features.align_variant(x, t, features.grad_type(x), *shape, False, *options),
-        )
-        grad = TL_DTYPES[arithmetic.middle]
-        yield (
-            f"rows-{width}",
-            features.align_variant(torch.float32, t, grad, *shape, True, *options),
-        )
-    yield (
-        "gram-rows",
-        features.gram_rows_variant(
-            x, arithmetic.cancelled, not arithmetic.is_half, is_squared, LINES, is_aligned
-        ),
-    )
-    yield "column-sums", features.column_sums_variant(t, LINES)
+        options = width, is_squared, LINES, is_aligned
+        yield f"align-{width}", features.align_variant(x, t, grad_x, *options)
+        yield f"rows-{width}", features.align_variant(whole, t, grad_p, *options)
 
 
 def attention_form(
@@ -128,8 +101,6 @@ def of_every_op(capability: int) -> Iterator[tuple[str, str, Variant]]:
     """Op, kernel and variant, in bfloat16, of sizes that large models have."""
     half, whole = torch.bfloat16, torch.float32
     dtypes = (half,) * 3
-    for name, variant in product_variants(capability, dtypes):
-        yield "feature_alignment", name, variant
     for name, variant in row_variants(dtypes, (768, 4096), True, True):
         yield "feature_alignment", name, variant
     form = attention_form((half, half), (64, 128))

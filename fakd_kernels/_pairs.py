@@ -61,7 +61,7 @@ def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 def pair_weights_of(weights, count: int, device: torch.device, work: torch.dtype) -> Tensor:
     """[L]: checked; 1 / L each by default."""
     if weights is None:
-        return torch.full((count,), 1.0 / count, dtype=work, device=device)
+        return vector([1.0 / count] * count, device, work)
     if isinstance(weights, Tensor):
         _validate.check_float("pair_weights", weights)
         _validate.check_device("pair_weights", weights, "the student", device)
@@ -74,7 +74,7 @@ def pair_weights_of(weights, count: int, device: torch.device, work: torch.dtype
     _validate.check_count("pair_weights", len(weights), count)
     for index, weight in enumerate(weights):
         _validate.check_number(f"pair_weights[{index}]", weight)
-    return torch.tensor([float(weight) for weight in weights], dtype=work, device=device)
+    return vector([float(weight) for weight in weights], device, work)
 
 
 def check_normalizer(normalizer: float | Tensor | None, device: torch.device) -> None:
@@ -95,10 +95,16 @@ def inverse(counts: Sequence[float | Tensor], like: Tensor, work: torch.dtype) -
         ]
         count = torch.stack(tensors)
         return torch.where(count == 0, 0, 1 / torch.where(count == 0, 1, count))
-    values = [1.0 / count if count != 0 else 0.0 for count in counts]
-    if len(values) == 1:
-        return like.new_full((1,), values[0], dtype=work)  # without a transfer that waits
-    return torch.tensor(values, dtype=work, device=like.device)
+    return vector([1.0 / count if count != 0 else 0.0 for count in counts], like.device, work)
+
+
+def vector(values: Sequence[float], device: torch.device, work: torch.dtype) -> Tensor:
+    """[L], without a transfer that waits for a GPU."""
+    if all(value == values[0] for value in values):
+        return torch.full((len(values),), values[0], dtype=work, device=device)
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=work, device=device)
+    return torch.tensor(values, dtype=work).pin_memory().to(device, non_blocking=True)
 
 
 def wanted_gradients(*groups: Sequence[Tensor]) -> tuple[list[bool], ...]:

@@ -134,21 +134,33 @@ def make_table(lines: Sequence[Sequence[int | Tensor | None]], device: torch.dev
     """[next power of two, fields] int64 on the device; a tensor becomes its address, None 0.
 
     The first field of every line is its first program, in ascending order; lines that pad the
-    table begin where no program is. The copy does not wait for the device.
+    table begin where no program is. The copy does not wait for the device. A table is only read,
+    so one of equal numbers serves again: of a training loop, whose tensors return to the addresses
+    they had in the step before, most do, and making one takes a host longer than a launch.
     """
-    numbers = [[_number(value) for value in line] for line in lines]
-    padding = [_NEVER] + [0] * (len(numbers[0]) - 1)
-    numbers += [padding] * (next_power_of_2(len(numbers)) - len(numbers))
-    table = torch.tensor(numbers, dtype=torch.int64)
+    numbers = tuple(_number(value) for line in lines for value in line)
+    fields = len(numbers) // len(lines)
+    padding = next_power_of_2(len(lines)) - len(lines)
+    numbers += ((_NEVER,) + (0,) * (fields - 1)) * padding
     if device.type != "cuda":
-        return table
-    table = table.pin_memory()
+        return torch.tensor(numbers, dtype=torch.int64).view(-1, fields)
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(table)
-    return table.to(device, non_blocking=True)
+        table = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+        _captured.append(table)  # a CUDA graph copies its tables again at every replay
+        table = table.to(device, non_blocking=True)
+    else:
+        table = _table(numbers, device, torch.cuda.current_stream(device).cuda_stream)
+    return table.view(-1, fields)
 
 
-_captured: list[Tensor] = []  # a CUDA graph copies its tables again at every replay
+@functools.lru_cache(maxsize=1024)
+def _table(numbers: tuple[int, ...], device: torch.device, _stream: int) -> Tensor:
+    """By stream, since it is on the stream of its copy that a table is sure to be there."""
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+    return host.to(device, non_blocking=True)
+
+
+_captured: list[Tensor] = []
 
 
 def _number(value: int | Tensor | None) -> int:

@@ -14,7 +14,7 @@ if shutil.which("g++") is None:
     pytest.skip("needs g++ to compile the kernels for a CPU", allow_module_level=True)
 
 from fakd_kernels import _engines, _products, explain, feature_alignment
-from fakd_kernels.ops.feature_alignment import cuda, cuda_projected, dispatch, reference
+from fakd_kernels.ops.feature_alignment import cuda, dispatch, projected, reference
 from fakd_kernels.ops.feature_alignment.problem import Pair, Problem
 from tests.cuda_emulator import emulated
 from tests.cuda_emulator.emulated_outputs import schemas
@@ -102,8 +102,8 @@ def test_widths(width, dtypes):
 @pytest.mark.parametrize("dtypes", ["f32", *DTYPES])
 def test_chunks_of_many_pairs(dtypes, emulated_projected, monkeypatch):
     """Pairs begin and end inside chunks, and share a projection across them."""
-    monkeypatch.setattr(cuda_projected, "CHUNK_BYTES", 1 << 17)
-    monkeypatch.setattr(cuda_projected, "_ROWS", 8)
+    monkeypatch.setattr(projected, "CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(projected, "ROWS", 8)
     sizes = ((150, 16, 120), (0, 16, 120), (7, 16, 120), (400, 16, 120))
     case = FeatureCase("", "", sizes, "shared", bias=True)
     inputs = make_inputs(case, *DTYPES.get(dtypes, ()))
@@ -237,18 +237,13 @@ def test_the_gram_route_is_refused_in_words():
         inputs.call(engine="cuda", route="gram")
 
 
-def test_triton_comes_first_and_cuda_before_the_reference(monkeypatch):
+def test_cuda_comes_first(monkeypatch):
     monkeypatch.setattr(_engines, "PREFERENCE", {"cpu": _engines.PREFERENCE["cuda"]})
+    monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
     inputs = make_inputs(CASES_BY_ID["narrow-student"], F16)
-    arguments = inputs.student, inputs.teacher, inputs.projection
-    words = explain("feature_alignment", *arguments)
+    pytest.importorskip("triton")
+    words = explain("feature_alignment", inputs.student, inputs.teacher, inputs.projection)
     assert "served by the cuda engine" in words
+    assert "not triton: it could serve, but is asked later" in words
     assert "70 rows, 24 to 160 wide, direct route" in words
     assert "rows of 1 pairs in chunks, 1 in all: P = X W^T by torch, 1 launch" in words
-    monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
-    words = explain("feature_alignment", *arguments, engine="cuda")
-    assert "served by the cuda engine" in words
-    pytest.importorskip("triton")
-    words = explain("feature_alignment", *arguments)
-    assert "served by the triton engine" in words
-    assert "not cuda: it could serve, but pairs with a projection are Triton's first" in words

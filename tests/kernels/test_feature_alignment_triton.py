@@ -20,8 +20,7 @@ pytest.importorskip("triton")
 import fakd_kernels
 from fakd_kernels import _triton
 from fakd_kernels._scale import scale_
-from fakd_kernels.ops.feature_alignment import dispatch, triton_kernel
-from fakd_kernels.ops.feature_alignment.triton_kernel import direct
+from fakd_kernels.ops.feature_alignment import dispatch, projected, triton_kernel
 from tests.support.cases import CASES, CASES_BY_ID, FeatureCase, make_inputs
 from tests.support.checks import check_feature_alignment
 
@@ -33,18 +32,14 @@ DTYPES = {
 }
 
 
-def check(inputs, euclidean, route):
-    check_feature_alignment(inputs, engine="triton", euclidean=euclidean, route=route)
+def check(inputs, euclidean="squared"):
+    check_feature_alignment(inputs, engine="triton", euclidean=euclidean)
 
 
-def run(inputs, route):
+def run(inputs):
     """Loss and gradients."""
-    loss = inputs.call(route=route, engine="triton").loss
+    loss = inputs.call(engine="triton").loss
     return loss, *torch.autograd.grad(loss, list(inputs.leaves.values()))
-
-
-def routes(case):
-    return ("auto",) if case.projection == "none" else ("direct", "gram")
 
 
 def rows():
@@ -56,61 +51,40 @@ def rows():
                 yield pytest.param(case, dtypes, index % 2, id=f"{case.id}-{dtypes}")
 
 
-@pytest.mark.parametrize(("case", "dtypes", "first"), list(rows()))
-def test_value_and_gradients(case, dtypes, first):
-    """The routes take the two distances in turn, so over the dtypes each meets both."""
-    for index, route in enumerate(routes(case), first):
-        euclidean = ("squared", "distance")[index % 2]
-        check(make_inputs(case, *DTYPES[dtypes]), euclidean, route)
+@pytest.mark.parametrize(("case", "dtypes", "turn"), list(rows()))
+def test_value_and_gradients(case, dtypes, turn):
+    """The dtypes take the two distances in turn."""
+    check(make_inputs(case, *DTYPES[dtypes]), ("squared", "distance")[turn])
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
 @pytest.mark.parametrize("frozen", ["student", "projection", "bias"])
-def test_frozen_parts(frozen, route):
+def test_frozen_parts(frozen):
     inputs = make_inputs(CASES_BY_ID["shared"], torch.bfloat16)
     for tensor in getattr(inputs, frozen):
         tensor.requires_grad_(False)
-    check(inputs, "squared", route)
+    check(inputs)
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_only_the_bias_learns(route):
+def test_only_the_bias_learns():
     inputs = make_inputs(CASES_BY_ID["bias"])
     for tensor in (*inputs.student, *inputs.projection):
         tensor.requires_grad_(False)
-    check(inputs, "distance", route)
+    check(inputs, "distance")
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
 @pytest.mark.parametrize("case", ["bias", "near-3", "same-width", "bool-mask"])
-def test_values_alone_without_gradients(case, route):
+def test_values_alone_without_gradients(case):
     inputs = make_inputs(CASES_BY_ID[case], torch.bfloat16)
-    learned = inputs.call(route=route, engine="triton")
-    with torch.no_grad(), _triton.record_launches() as launches:
-        result = inputs.call(route=route, engine="triton")
+    learned = inputs.call(engine="triton")
+    with torch.no_grad():
+        result = inputs.call(engine="triton")
     assert torch.equal(result.loss, learned.loss)
-    names = [name for name, _ in launches]
-    inner = 1 if route == "gram" and case not in ("same-width",) else 0  # W^T W serves the values
-    assert names.count("outer_kernel") == inner
 
 
-def test_a_mixed_fallback_counts_every_row_once():
-    """Half of the rows are aligned: they leave the gram route, the others stay."""
-    inputs = make_inputs(CASES_BY_ID["near-2"])
-    with torch.no_grad():
-        inputs.teacher[0][::2] = torch.randn(32, 96, generator=torch.Generator().manual_seed(1))
-    for euclidean in ("squared", "distance"):
-        check(inputs, euclidean, "gram")
-
-
-def test_bias_that_cancels_the_projection():
-    """p = W x + b is small although W x is not: the gram sums cancel, and r1 shows it."""
-    inputs = make_inputs(FeatureCase("", "", ((40, 16, 64),), bias=True))
-    with torch.no_grad():
-        x = inputs.student[0]
-        x.copy_(x[:1] + 1e-2 * x)
-        inputs.bias[0].copy_(-(inputs.projection[0] @ x[0]))
-    check(inputs, "squared", "gram")
+def test_the_gram_route_is_refused_in_words():
+    inputs = make_inputs(CASES_BY_ID["bias"])
+    with pytest.raises(RuntimeError, match="it takes the direct route alone"):
+        inputs.call(route="gram", engine="triton")
 
 
 def test_learned_weights():
@@ -124,32 +98,29 @@ def test_learned_weights():
 
 def test_rows_of_weight_zero_are_not_read():
     for case in ("bool-mask", "float-mask-same"):
-        for route in ("direct", "gram"):
-            inputs = make_inputs(CASES_BY_ID[case])
-            masked = inputs.mask[0] == 0
-            expected = run(inputs, route)
-            with torch.no_grad():
-                inputs.student[0][masked] = float("nan")
-                inputs.teacher[0][masked] = float("inf")
-            got = run(inputs, route)
-            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        inputs = make_inputs(CASES_BY_ID[case])
+        masked = inputs.mask[0] == 0
+        expected = run(inputs)
+        with torch.no_grad():
+            inputs.student[0][masked] = float("nan")
+            inputs.teacher[0][masked] = float("inf")
+        torch.testing.assert_close(run(inputs), expected, rtol=0, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, on NaN
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_nan_in_a_counted_row_reaches_the_loss(where):
-    for case, route in (("same-width", "auto"), ("bias", "direct"), ("bias", "gram")):
+    for case in ("same-width", "bias"):
         inputs = make_inputs(CASES_BY_ID[case])
         with torch.no_grad():
             getattr(inputs, where)[0][3, 2] = float("nan")
-        assert math.isnan(inputs.call(route=route, engine="triton").loss.detach())
+        assert math.isnan(inputs.call(engine="triton").loss.detach())
 
 
 def test_equal_bits_every_run():
     inputs = make_inputs(CASES_BY_ID["shared"], torch.bfloat16)
-    for route in ("direct", "gram"):
-        first, second = (run(inputs, route) for _ in range(2))
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    first, second = (run(inputs) for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_one_launch_for_all_pairs_without_a_projection():
@@ -160,70 +131,45 @@ def test_one_launch_for_all_pairs_without_a_projection():
     assert [name for name, _ in launches] == ["align_rows_kernel", "reduce_kernel"]
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_launches_do_not_grow_with_the_number_of_pairs(route):
+def test_launches_do_not_grow_with_the_number_of_pairs():
     counts = []
     for pairs in (1, 5):
         inputs = make_inputs(FeatureCase("", "", ((20, 16, 48),) * pairs))
         with _triton.record_launches() as launches:
-            inputs.call(route=route, engine="triton")
+            inputs.call(engine="triton")
         counts.append(len(launches))
-    assert counts[0] == counts[1]
+    assert counts == [2, 2]
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_many_chunks_give_the_same_numbers(route, monkeypatch):
+def test_many_chunks_give_the_same_numbers(monkeypatch):
     """Chunks of 128 rows, several per pair; gradients of the projection accumulate over them."""
-    monkeypatch.setattr(direct, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(projected, "CHUNK_BYTES", 1)
     case = FeatureCase("", "", ((300, 24, 40), (150, 24, 40)), "shared", True, "bool", "near-2")
-    inputs = make_inputs(case)
     with _triton.record_launches() as launches:
-        check(inputs, "squared", route)
-    assert [name for name, _ in launches].count("compact_kernel") == 5
+        check(make_inputs(case))
+    assert [name for name, _ in launches].count("align_rows_kernel") == 5
 
 
 def test_chunks_are_packed_up_to_the_budget(monkeypatch):
-    monkeypatch.setattr(direct, "CHUNK_BYTES", 6 * 256 * 128)
+    monkeypatch.setattr(projected, "CHUNK_BYTES", 4 * 256 * 128)
     inputs = make_inputs(FeatureCase("", "", ((300, 16, 256), (70, 16, 256), (50, 16, 128))))
     with torch.no_grad(), _triton.record_launches() as launches:
-        inputs.call(route="direct", engine="triton")
+        inputs.call(engine="triton")
     # Pieces of 128, 128, 44 + 70 rows; then 50 rows, half as wide, find no room beside these.
-    assert [name for name, _ in launches].count("compact_kernel") == 4
+    assert [name for name, _ in launches].count("align_rows_kernel") == 4
 
 
-def test_describe_computes_nothing(monkeypatch):
-    seen = []
-
-    def fill(problem):
-        with _triton.record_launches() as launches:
-            seen.extend(triton_kernel.describe(problem))
-        assert launches == []
-        triton_kernel.fill(problem)
-
-    monkeypatch.setitem(dispatch.FILL, "triton", fill)
-    make_inputs(CASES_BY_ID["ragged"]).call(route="gram", engine="triton")
-    assert any("3 pairs, U = T W" in line for line in seen)
-
-
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_explain_lists_the_launches(route):
+def test_explain_computes_nothing_and_lists_the_launches():
     inputs = make_inputs(CASES_BY_ID["ragged"])
     with _triton.record_launches() as launches:
         words = fakd_kernels.explain(
-            "feature_alignment",
-            inputs.student,
-            inputs.teacher,
-            inputs.projection,
-            route=route,
-            engine="triton",
+            "feature_alignment", inputs.student, inputs.teacher, inputs.projection, engine="triton"
         )
-        assert launches == []
-        inputs.call(route=route, engine="triton")
+    assert launches == []
     lines = words.splitlines()
     assert lines[0] == "feature_alignment: served by the triton engine."
-    assert all(line.startswith("  ") for line in lines[1:])
-    listed = [line.split(": 1 launch of ")[1] for line in lines if ": 1 launch of " in line]
-    assert listed == [name for name, _ in launches]
+    assert "3 pairs in chunks, 1 in all: P = X W^T by torch, align_rows_kernel" in words
+    assert lines[-1] == "  reduce_kernel: their values"
 
 
 @pytest.mark.parametrize("factor", [1.0, -0.375])
@@ -242,8 +188,7 @@ def test_scale_in_one_launch(factor):
     torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_neighbours_of_a_gradient_are_not_touched(route, monkeypatch):
+def test_neighbours_of_a_gradient_are_not_touched(monkeypatch):
     """The gradient buffer lies between sentinels, as a slice of a larger tensor."""
     inputs = make_inputs(FeatureCase("", "", ((13, 24, 40),)))
     margin = 64
@@ -255,7 +200,7 @@ def test_neighbours_of_a_gradient_are_not_touched(route, monkeypatch):
         triton_kernel.fill(replace(problem, pairs=[replace(pair, grad_student=inside)]))
 
     monkeypatch.setitem(dispatch.FILL, "triton", fill)
-    inputs.call(route=route, engine="triton")
+    inputs.call(engine="triton")
     assert (whole[:margin] == 7).all()
     assert (whole[-margin:] == 7).all()
     assert (whole[margin:-margin] != 7).all()

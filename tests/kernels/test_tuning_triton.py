@@ -3,7 +3,6 @@
 import os
 
 import pytest
-import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -12,9 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from fakd_kernels.ops.attention_kl.triton_kernel import tiles as attention_tiles
-from fakd_kernels.ops.feature_alignment.triton_kernel import tiles as feature_tiles
-from tests.support import attention_cases, attention_checks, cases
-from tests.support.checks import check_feature_alignment
+from tests.support import attention_cases, attention_checks
 
 # As in the other tests of these kernels: what is masked may overflow before it is left out.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -32,16 +29,6 @@ def pick_place(monkeypatch, tiles, place: int) -> list:
 
     monkeypatch.setattr(tiles, "pick", pick)
     return picked
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("route", ["direct", "gram"])
-def test_feature_alignment(route, place, monkeypatch):
-    picked = pick_place(monkeypatch, feature_tiles, place)
-    inputs = cases.make_inputs(cases.CASES_BY_ID["bias"], torch.float32)
-    check_feature_alignment(inputs, engine="triton", route=route)
-    assert picked
-    assert feature_tiles._INTERPRETED_TILE not in picked
 
 
 @pytest.mark.parametrize("place", PLACES)

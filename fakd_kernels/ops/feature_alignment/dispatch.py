@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import _engines, _extension
 from ..._pairs import grad_buffers, pick, present
-from . import cpu, cuda, reference, triton_kernel
+from . import cpu, cuda, projected, reference, triton_kernel
 from .problem import Pair, Problem, choose_route, count_flops
 
 
@@ -62,10 +62,8 @@ def resolve(
         eps,
         is_route_forced=route != "auto",
     )
-    reasons = refusals(problem)
-    if _engines.requested(engine) is None:
-        reasons = _after_triton(problem, reasons)
-    chosen = _engines.choose("feature_alignment", student[0].device, reasons, engine)
+    place = student[0].device
+    chosen = _engines.choose("feature_alignment", place, refusals(problem), engine)
     return problem, chosen, present(grad_student, grad_projections, grad_biases)
 
 
@@ -83,10 +81,8 @@ def _route(
         dtypes = {student.dtype, projection.dtype}
         if dtypes == {torch.bfloat16} and _extension.has_bfloat16_products(student.device):
             return "direct"  # all of its products are bfloat16; the gram route's are not
-        if student.device.type == "cuda" and torch.float32 in dtypes:
-            # In float32 the gram route is less accurate once student and teacher correlate, which
-            # a GPU cannot find out without waiting; against half precision it is no loss.
-            return "direct"
+        if student.device.type == "cuda":
+            return "direct"  # see `projected`
     widths = student.shape[1], teacher.shape[1]
     return choose_route(route, student.shape[0], *widths, wants_student, wants_projection)
 
@@ -112,28 +108,15 @@ def refusals(problem: Problem) -> _engines.Refusals:
     return {
         "reference": None,
         "cpu": _engines.cpu_refusal(device, is_double),
-        "triton": _engines.triton_refusal(device, is_double),
-        "cuda": cuda.refusal(problem) or _engines.cuda_refusal(device, is_double),
+        "triton": projected.refusal(problem) or _engines.triton_refusal(device, is_double),
+        "cuda": projected.refusal(problem) or _engines.cuda_refusal(device, is_double),
     }
-
-
-def _after_triton(problem: Problem, reasons: _engines.Refusals) -> _engines.Refusals:
-    """The rule for pairs with a projection: Triton first, then CUDA, unlike `PREFERENCE`.
-
-    Triton's products leave out rows of weight 0, and those of its gram route, which takes fewer
-    FLOPs, end in the sums of rows; cuBLAS's do neither. Not measured on a card yet.
-    """
-    is_projected = any(pair.projection is not None for pair in problem.pairs)
-    if not is_projected or reasons["triton"] is not None or reasons["cuda"] is not None:
-        return reasons
-    return reasons | {"cuda": cuda.AFTER_TRITON}
 
 
 def explain(*lowered) -> str:
     """The engine, the reasons against the others, the route of every pair, and the launches."""
     problem, chosen, _ = resolve(*lowered)
-    reasons = _after_triton(problem, refusals(problem))
-    lines = _engines.describe("feature_alignment", chosen, reasons)
+    lines = _engines.describe("feature_alignment", chosen, refusals(problem))
     for index, pair in enumerate(problem.pairs):
         shape = f"  pair {index}: {pair.student.shape[0]} rows, "
         if pair.projection is None:
@@ -145,7 +128,7 @@ def explain(*lowered) -> str:
             pair.grad_student is not None,
             problem.wants_projection(pair),
         )
-        route = "direct" if chosen in ("reference", "cuda") else pair.route
+        route = pair.route if chosen == "cpu" else "direct"
         lines.append(
             shape + f"{pair.student.shape[1]} to {pair.teacher.shape[1]} wide, {route} route "
             f"(direct {flops['direct'] / 1e9:.3g}, gram {flops['gram'] / 1e9:.3g} GFLOP)"

@@ -1,10 +1,8 @@
-"""The Triton engine: `plan` lays a call out as steps on the device, `fill` carries them out.
+"""The Triton engine: one row kernel for pairs with and without a projection.
 
-    plan                   -> steps, group: the steps, and what they are made with
-      gram, direct         the two routes of pairs with a projection
-    variants               kernels with their compiled constants, for launches and dry compiles
-      arithmetic, tiles    the precision of products; tile sizes by generation of card
-    row_kernels, product_kernels, outer_kernel, small_kernels, row_math      device code
+    launches       rows of many pairs in a launch, and where their values go
+    variants       kernels with their compiled constants, for launches and dry compiles
+    row_kernels    device code, row_math its arithmetic
 
 Triton is imported on first use, so that the package imports without it.
 """
@@ -13,22 +11,35 @@ import contextlib
 
 import torch
 
+from .. import projected
 from ..problem import Problem
 
 
 def fill(problem: Problem) -> None:
     """Fill the sums and gradients of `problem`, on tensors of one CUDA device."""
-    from .plan import plan
+    from .launches import Launches
 
     device = problem.sums.device
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        for step in plan(problem, device):
-            step.run()
+        same, others = projected.split(problem)
+        launches = Launches(problem)
+        if same:
+            launches.launch_same(same)
+        if others:
+            projected.fill(problem, others, launches.launch_parts)
+        launches.reduce()
 
 
 def describe(problem: Problem) -> list[str]:
-    """The launches that `fill` would make, in words and in order; nothing is computed."""
-    from .plan import plan
+    """What `fill` would do, in words and in order; nothing is computed."""
+    from .launches import grouped, same_rows
 
-    return [step.words for step in plan(problem, torch.device("meta"))]
+    same, others = projected.split(problem)
+    words = [
+        f"align_rows_kernel: value and gradient, {len(group)} pairs without a projection"
+        for group in grouped(same_rows(problem, same))
+    ]
+    if others:
+        words.append(projected.describe(problem, others, "align_rows_kernel"))
+    return [*words, "reduce_kernel: their values"]

@@ -19,12 +19,6 @@ def load_weights(field_ptr, rows, mask_rows):
 
 
 @triton.jit
-def not_negative(x):
-    """0 where x < 0; unlike `tl.maximum` it lets a NaN through."""
-    return tl.where(x < 0, 0.0, x)
-
-
-@triton.jit
 def row_sums(p, t):
     """r1 = |p|^2, r2 = p.t, r3 = |t|^2, d2 = |p - t|^2 and r1 - r3, of tiles along axis 1.
 
