@@ -39,8 +39,8 @@ def compile_variant(variant: Variant, capability: int):
         if kind.startswith("*")
     }
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=variant.options)
 
 
 def resource_usage(compiled, folder: Path) -> tuple[int, int]:

@@ -47,15 +47,6 @@ def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, list[Ten
     return loss, torch.cat(sums), grads
 
 
-def coefficients_gradient(
-    grad_loss: Tensor, sums: Tensor | None, sizes: Sequence[int], is_learned: bool
-) -> Tensor | None:
-    """[L], from the sums of every head, pair after pair."""
-    if sums is None or not is_learned:
-        return None
-    return grad_loss * torch.stack([part.sum() for part in sums.split(list(sizes))])
-
-
 def row_scales(
     masks: Sequence[Tensor | None],
     rows: Sequence[tuple[int, int, int]],

@@ -24,7 +24,8 @@ from ._triton import (
     next_power_of_2,
 )
 
-_BLOCK = 4096  # elements of a program: 32 for each thread of 4 warps
+_BLOCK = 4096  # elements that a program takes at a time: 32 for each thread of 4 warps
+_PROGRAMS = 4096  # at most, which walk over the blocks: more would take long to find nothing to do
 _FIELDS = tl.constexpr(4)  # first, tensor, elements, is_bfloat16
 
 
@@ -37,26 +38,31 @@ def _scale_block(
     tl.store(ptrs, cast(scaled, DTYPE, IS_INTERPRETED), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scale_kernel(
-    table_ptr, factor_ptr, LINES: tl.constexpr, BLOCK: tl.constexpr, IS_INTERPRETED: tl.constexpr
+    table_ptr,
+    factor_ptr,
+    blocks,
+    LINES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    IS_INTERPRETED: tl.constexpr,
 ):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor != 1.0:
-        program = tl.program_id(0)
-        line = table_ptr + find_line(table_ptr, program, _FIELDS, LINES) * _FIELDS
-        offsets = (program - tl.load(line)) * BLOCK + tl.arange(0, BLOCK)  # int64
-        mask = offsets < tl.load(line + 2)
-        if tl.load(line + 3) != 0:
-            _scale_block(line + 1, offsets, mask, factor, tl.bfloat16, IS_INTERPRETED)
-        else:
-            _scale_block(line + 1, offsets, mask, factor, tl.float32, IS_INTERPRETED)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            line = table_ptr + find_line(table_ptr, block, _FIELDS, LINES) * _FIELDS
+            offsets = (block - tl.load(line)) * BLOCK + tl.arange(0, BLOCK)  # int64
+            mask = offsets < tl.load(line + 2)
+            if tl.load(line + 3) != 0:
+                _scale_block(line + 1, offsets, mask, factor, tl.bfloat16, IS_INTERPRETED)
+            else:
+                _scale_block(line + 1, offsets, mask, factor, tl.float32, IS_INTERPRETED)
 
 
 def scale_variant(lines: int) -> Variant:
     return Variant(
         scale_kernel,
-        {"table_ptr": "*i64", "factor_ptr": "*fp32"},
+        {"table_ptr": "*i64", "factor_ptr": "*fp32", "blocks": "i32"},
         {"LINES": lines, "BLOCK": _BLOCK, "IS_INTERPRETED": interpreted()},
         num_warps=4,
     )
@@ -70,4 +76,5 @@ def scale_(tensors: list[Tensor], factor: Tensor) -> None:
         first += triton.cdiv(tensor.numel(), _BLOCK)
     if first:
         variant = scale_variant(next_power_of_2(len(lines)))
-        variant.launch(first, factor.device, make_table(lines, factor.device), factor)
+        table = make_table(lines, factor.device)
+        variant.launch(min(first, _PROGRAMS), factor.device, table, factor, first)

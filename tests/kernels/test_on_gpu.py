@@ -56,13 +56,10 @@ def on_gpu(inputs, engine: str):
 @pytest.mark.parametrize("case", by_id(cases.CASES))
 @pytest.mark.parametrize("engine", ENGINES)
 def test_feature_alignment(engine, case):
-    routes = ("auto",) if case.projection == "none" else ("direct", "gram")
-    routes = routes[:1] if engine == "cuda" else routes  # which has no gram route
     for index, dtype in enumerate((FLOAT32, BFLOAT16, FLOAT16)):
         inputs = on_gpu(cases.make_inputs(case, dtype), engine)
-        for route in routes:
-            euclidean = ("squared", "distance")[index % 2]
-            check_feature_alignment(inputs, engine=engine, euclidean=euclidean, route=route)
+        euclidean = ("squared", "distance")[index % 2]
+        check_feature_alignment(inputs, engine=engine, euclidean=euclidean)
 
 
 @pytest.mark.gpu

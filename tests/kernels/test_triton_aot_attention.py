@@ -45,9 +45,11 @@ def _needs_cuobjdump():
         pytest.skip(f"this Triton brings no {CUOBJDUMP.name}")
 
 
-# Tiles are chosen by what fits, for want of a card to time them. Those of kl spill nothing; of
-# the others some keep this many bytes of a thread on its stack, which costs time and nothing else.
+# Tiles of kl spill nothing where they were chosen by what fits, for want of a card to time them. Of
+# the others, and of those that were the fastest on a card, some keep this many bytes of a thread on
+# its stack, which costs time and nothing else.
 OTHER_SPILLS = 88
+TIMED = (90,)
 
 
 def check_products(
@@ -65,7 +67,8 @@ def test_matched_heads(capability, dtypes, tmp_path):
     for widths in WIDTHS[dtypes]:
         form = make_form(dtypes, widths, has_weights=widths == (64, 64))
         named = match_variants(form, "kl", capability)
-        check_products(named, f"{dtypes} {widths}", capability, tmp_path)
+        spills = OTHER_SPILLS if capability in TIMED else 0
+        check_products(named, f"{dtypes} {widths}", capability, tmp_path, spills)
 
 
 @pytest.mark.parametrize("place", [1, 2, 3])

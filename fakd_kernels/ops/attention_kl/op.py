@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import _attention, _engines, _pairs, _validate
 from ..._attention import AttentionKL
-from ..._backward import save_gradients, take_gradients
+from ..._backward import register_autograd, wanted
 from . import dispatch
 from .arguments import lower
 
@@ -113,8 +113,7 @@ def attention_kl(
         engine,
     )
     loss, sums, _ = torch.ops.fakd.attention_kl(*lowered)
-    sizes = [_attention.heads_compared(q, lowered[-3]) for q in lowered[0]]
-    return AttentionKL.of(loss, sums, sizes, inverse)
+    return AttentionKL.of(loss, sums, _sizes(lowered), inverse)
 
 
 torch.library.define(
@@ -145,39 +144,17 @@ def _fake(student_q, student_k, teacher_q, teacher_k, row_weights, coefficients,
     return coefficients.new_empty(()), coefficients.new_empty((count,)), grads
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    student_q, student_k, teacher_q, _, row_weights = inputs[:5]
-    save_gradients(ctx, output, (student_q, student_k), inputs[7:9])
-    teacher_heads = inputs[16]
-    ctx.sizes = [_attention.heads_compared(q, teacher_heads) for q in student_q]
-    ctx.counts = (len(teacher_q), len(row_weights), bool(teacher_heads))
+def _leaves(lowered: tuple) -> list[Tensor]:
+    student_q, student_k = lowered[:2]
+    wants_q, wants_k = lowered[7:9]
+    return wanted(student_q, wants_q) + wanted(student_k, wants_k)
 
 
-def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
-    teacher_count, weights_count, has_heads = ctx.counts
-    (student_q, student_k), sums = take_gradients(ctx, grad_loss)
-    grad_coefficients = _attention.coefficients_gradient(
-        grad_loss, sums, ctx.sizes, ctx.needs_input_grad[5]
-    )
-    teacher = [None] * teacher_count
-    # register_autograd counts an empty list as a list of tensors, and wants one back.
-    heads = None if has_heads else []
-    tail = (None,) * 10
-    return (
-        student_q,
-        student_k,
-        teacher,
-        list(teacher),
-        [None] * weights_count,
-        grad_coefficients,
-        *tail,
-        heads,
-        None,
-        None,
-    )
+def _sizes(lowered: tuple) -> list[int]:
+    return [_attention.heads_compared(q, lowered[-3]) for q in lowered[0]]
 
 
-torch.library.register_autograd("fakd::attention_kl", _backward, setup_context=_setup_context)
+register_autograd("attention_kl", 5, _leaves, _sizes)
 
 
 _engines.register_explainer(attention_kl, lower, dispatch.explain)

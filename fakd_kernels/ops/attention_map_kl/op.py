@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import _attention, _engines, _pairs, _validate
 from ..._attention import AttentionKL
-from ..._backward import save_gradients, take_gradients
+from ..._backward import register_autograd, wanted
 from . import dispatch
 from .arguments import lower
 
@@ -95,8 +95,7 @@ def attention_map_kl(
         engine,
     )
     loss, sums, _ = torch.ops.fakd.attention_map_kl(*lowered)
-    sizes = [_attention.heads_compared(maps, lowered[-3]) for maps in lowered[0]]
-    return AttentionKL.of(loss, sums, sizes, inverse)
+    return AttentionKL.of(loss, sums, _sizes(lowered), inverse)
 
 
 torch.library.define(
@@ -123,35 +122,15 @@ def _fake(student_maps, teacher_maps, row_weights, coefficients, row_weights_of,
     return coefficients.new_empty(()), coefficients.new_empty((count,)), grads
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    student_maps, teacher_maps, row_weights = inputs[:3]
-    save_gradients(ctx, output, (student_maps,), inputs[5:6])
-    teacher_heads = inputs[10]
-    ctx.sizes = [_attention.heads_compared(maps, teacher_heads) for maps in student_maps]
-    ctx.counts = (len(teacher_maps), len(row_weights), bool(teacher_heads))
+def _leaves(lowered: tuple) -> list[Tensor]:
+    return wanted(lowered[0], lowered[5])
 
 
-def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
-    teacher_count, weights_count, has_heads = ctx.counts
-    (student_maps,), sums = take_gradients(ctx, grad_loss)
-    grad_coefficients = _attention.coefficients_gradient(
-        grad_loss, sums, ctx.sizes, ctx.needs_input_grad[3]
-    )
-    # register_autograd counts an empty list as a list of tensors, and wants one back.
-    heads = None if has_heads else []
-    return (
-        student_maps,
-        [None] * teacher_count,
-        [None] * weights_count,
-        grad_coefficients,
-        *(None,) * 6,
-        heads,
-        None,
-        None,
-    )
+def _sizes(lowered: tuple) -> list[int]:
+    return [_attention.heads_compared(maps, lowered[-3]) for maps in lowered[0]]
 
 
-torch.library.register_autograd("fakd::attention_map_kl", _backward, setup_context=_setup_context)
+register_autograd("attention_map_kl", 3, _leaves, _sizes)
 
 
 _engines.register_explainer(attention_map_kl, lower, dispatch.explain)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _engines, _pairs, _validate
-from ..._backward import save_gradients, take_gradients
+from ..._backward import register_autograd, wanted
 from . import dispatch
 from .arguments import lower
 
@@ -169,33 +169,17 @@ def _fake(
     return coefficients.new_empty(()), torch.empty_like(coefficients), grads
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, projections, biases, row_weights = inputs[:5]
-    save_gradients(ctx, output, (student, projections, biases), inputs[9:12])
-    ctx.counts = (len(teacher), len(row_weights))
+def _leaves(lowered: tuple) -> list[Tensor]:
+    student, _, projections, biases = lowered[:4]
+    wants = lowered[9:12]
+    return [
+        tensor
+        for group, flags in zip((student, projections, biases), wants, strict=True)
+        for tensor in wanted(group, flags)
+    ]
 
 
-def _backward(ctx, grad_loss, _grad_sums, _grad_grads):
-    teacher_count, row_weights_count = ctx.counts
-    (student, projections, biases), sums = take_gradients(ctx, grad_loss)
-    grad_coefficients = None
-    if sums is not None and ctx.needs_input_grad[5]:
-        grad_coefficients = grad_loss * sums
-    return (
-        student,
-        [None] * teacher_count,
-        projections,
-        biases,
-        [None] * row_weights_count,
-        grad_coefficients,
-        *[None] * 3,
-        # register_autograd counts an empty list as a list of tensors, and wants one back.
-        *[None if wants else [] for wants in ctx.wants],
-        *[None] * 4,
-    )
-
-
-torch.library.register_autograd("fakd::feature_alignment", _backward, setup_context=_setup_context)
+register_autograd("feature_alignment", 5, _leaves)
 
 
 _engines.register_explainer(feature_alignment, lower, dispatch.explain)

@@ -16,21 +16,24 @@ class Tile:
 
 
 # By generation, kernel, and width of the wider side (up to 64, 128, 256), for half operands: own
-# rows are kept whole in shared memory, as are the other rows of every stage. 128 own rows in 8
-# warps leave a thread 32 scores of each side and, for a gradient, half its width. The largest found
-# whose registers do not spill and whose stages fit shared memory, as
-# tests/kernels/test_triton_aot_attention.py asserts. Chosen 2026-11; not yet tuned on a card.
-_WIDE, _NARROW = Tile(128, 64), Tile(128, 32)
+# rows are kept whole in shared memory, as are the other rows of every stage. Where nothing else is
+# said, 128 own rows in 8 warps, which leave a thread 32 scores of each side and, for a gradient,
+# half its width: the largest found whose registers do not spill and whose stages fit shared memory,
+# as tests/kernels/test_triton_aot_attention.py asserts. Tuning looks for faster ones.
+_WIDE, _NARROW, _SMALL = Tile(128, 64), Tile(128, 32), Tile(64, 64, 4)
 _HALF = {
     80: {  # mma.sync, 163 KiB of shared memory
         "forward": (_WIDE, _WIDE, Tile(128, 32, 8, 2)),
         "gradient": (_WIDE, _NARROW, Tile(32, 32, 4, 2)),
         "map": (_NARROW, Tile(64, 32), Tile(64, 32)),
     },
-    90: {  # wgmma, 227 KiB
-        "forward": (_WIDE, _WIDE, _NARROW),
-        "gradient": (_WIDE, _WIDE, Tile(64, 32, 8, 2)),
-        "map": (_NARROW, _NARROW, Tile(128, 32, 8, 2)),
+    90: {  # wgmma, 227 KiB; up to 128 wide the fastest of 14 on an H100
+        "forward": (_SMALL, _SMALL, _NARROW),
+        "gradient": (Tile(64, 128, 4, 2), Tile(128, 32, 4), Tile(64, 32, 8, 2)),
+        "map": (_NARROW, _SMALL, Tile(128, 32, 8, 2)),
+        "heavy forward": (_NARROW, _NARROW, _NARROW),
+        "heavy gradient": (_NARROW, _NARROW, Tile(64, 32, 8, 2)),
+        "heavy map": (_NARROW, _NARROW, Tile(128, 32, 8, 2)),
     },
     100: {  # tcgen05, 227 KiB
         "forward": (_WIDE, _WIDE, _NARROW),
@@ -69,8 +72,10 @@ def choose_tile(
     else:
         is_small = capability in (86, 89) or capability >= 120
         generation = 120 if is_small else capability // 10 * 10
-        tile = _HALF[generation][kind][size]
-        tile = replace(tile, other=max(32, tile.other // 2)) if is_heavy else tile
+        tiles, heavy = _HALF[generation], f"heavy {kind}"
+        tile = tiles[heavy if is_heavy and heavy in tiles else kind][size]
+        if is_heavy and heavy not in tiles:
+            tile = replace(tile, other=max(32, tile.other // 2))
     words = f"{'float' if is_float else 'half'}{' heavy' if is_heavy else ''}"
     return pick(f"attention_kl {kind} {words} {64 << size} sm_{capability}", _candidates(tile))
 

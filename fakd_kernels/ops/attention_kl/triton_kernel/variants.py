@@ -21,6 +21,7 @@ from .mean_kernels import center_kernel, map_kernel, sums_kernel
 from .rows import SideForm
 from .small_kernels import group_kernel
 
+FULL = "tf32x3"  # of float32 products
 GROUP_BLOCK = 1024  # elements of a program of `group_kernel`
 
 
@@ -54,14 +55,14 @@ def gradient_arithmetic(student: torch.dtype, is_tf32_allowed: bool) -> tuple[tl
     grad = TL_DTYPES[grad_dtype(torch.empty(0, dtype=student))]
     if student == torch.bfloat16:
         return grad, "native"
-    return grad, "tf32" if is_tf32_allowed or student == torch.float16 else "tf32x3"
+    return grad, "tf32" if is_tf32_allowed or student == torch.float16 else FULL
 
 
 def side_form(side: Side, is_tf32_allowed: bool, *grads: Tensor) -> SideForm:
     width, tensors = side.q.shape[-1], (side.q, side.k, *grads)
     precision = "native"
     if side.q.dtype == torch.float32:
-        precision = "tf32" if is_tf32_allowed else "tf32x3"
+        precision = "tf32" if is_tf32_allowed else FULL
     pieces, step = tiles.split_width(width, precision)
     return SideForm(
         TL_DTYPES[side.q.dtype],

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ...._triton import cast, tanh
+from ...._triton import cast, log2, tanh
 from ...._triton_logits import (
     LEAST,
     LN_2,
@@ -123,9 +123,7 @@ def top_rows_kernel(
     used = tl.sum(is_used.to(tl.int32), 1)
 
     OUTCOMES: tl.constexpr = FORM.outcomes
-    stats = add_tile(
-        no_stats(BLOCK_N), x, t, places, rows, inverse_temperature * LOG2_E, OUTCOMES
-    )
+    stats = add_tile(no_stats(BLOCK_N), x, t, places, rows, inverse_temperature * LOG2_E, OUTCOMES)
     # Every thread has read its entries before any of them writes to the row.
     tl.debug_barrier()
     if FORM.has_ghost:
@@ -153,7 +151,7 @@ def top_rows_kernel(
             total = total * shrink + tl.sum(share, 1)
             if FORM.has_labels:
                 label_logit += tl.sum(tl.where(cols[None, :] == swept_label[:, None], z, 0.0), 1)
-    log_sum = top + tl.log2(total) * LN_2
+    log_sum = top + log2(total, FORM.is_interpreted) * LN_2
 
     ghost_s = tl.zeros((BLOCK_N,), tl.float32)
     ghost_t = tl.zeros((BLOCK_N,), tl.float32)
@@ -161,15 +159,17 @@ def top_rows_kernel(
     if FORM.has_ghost:
         rest = tl.maximum(1 - tl.sum(tl.exp2(t * LOG2_E), 1), 0.0)
         log_others = tl.where(has_others, log_sum, -float("inf"))
-        log_rest = tl.where(has_others, tl.log2(rest) * LN_2, -float("inf"))
+        log_rest = tl.where(has_others, log2(rest, FORM.is_interpreted) * LN_2, -float("inf"))
         stats = add_tile(
             stats, log_others[:, None], log_rest[:, None], places, rows, LOG2_E, OUTCOMES
         )
         ghost_s = tl.exp2((log_others - stats.top_s) * LOG2_E)
         ghost_t = tl.exp2((log_rest - stats.top_t) * LOG2_E)
-        log_sum = stats.top_s + tl.log2(stats.sum_s) * LN_2
+        log_sum = stats.top_s + log2(stats.sum_s, FORM.is_interpreted) * LN_2
     balance = tl.div_rn(stats.sum_s, stats.sum_t)
-    distance = stats.moment / stats.sum_t * inverse_temperature + tl.log2(balance) * LN_2
+    distance = (
+        stats.moment / stats.sum_t * inverse_temperature + log2(balance, FORM.is_interpreted) * LN_2
+    )
     if not FORM.has_ghost:
         distance = tl.where(tl.max((index >= 0).to(tl.int32), 1) == 0, 0.0, distance)
     ce = tl.zeros((BLOCK_N,), tl.float32)
