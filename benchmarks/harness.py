@@ -11,9 +11,11 @@ smaller(shape) to check on, limit_factor(shape), and its own make_step and check
 """
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,10 +28,11 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fakd_kernels import engines
+from fakd_kernels._engines import PREFERENCE, PREFERENCE_OF
 from tests.support.accuracy import assert_accurate
 
 from . import base
-from .device import is_cuda, synchronize
+from .device import device, is_cuda, synchronize
 
 T = TypeVar("T")
 Step = Callable[[], object]
@@ -81,9 +84,10 @@ def float32_on_cpu() -> tuple[str, ...]:
     return tuple(DTYPES) if is_cuda() else ("float32",)
 
 
-def engines_here() -> tuple[str, ...]:
-    """The usable engines of this device, in the order in which they are asked."""
-    names = ("cuda", "triton") if is_cuda() else ("cpu",)
+def engines_here(op: str = "") -> tuple[str, ...]:
+    """The usable engines of this device, in the order in which an op asks them."""
+    preference = PREFERENCE | PREFERENCE_OF.get(op, {})
+    names = [name for name in preference[device()] if name != "reference"]
     usable = tuple(name for name in names if engines()[name].is_usable)
     if not usable:
         reasons = "; ".join(engines()[name].reason for name in names)
@@ -146,7 +150,7 @@ def engines_of(module: str, shape_name: str, dtype: str) -> list[str]:
         in_fresh_process(check, module, engines_here()[0], shape_name, dtype)
         return [engines_here()[0]]
     serving = []
-    for engine in engines_here():
+    for engine in engines_here(importlib.import_module(module).OP):
         try:
             in_fresh_process(check, module, engine, shape_name, dtype)
         except RuntimeError as error:
@@ -167,6 +171,8 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
     rivals = bench.rivals_of(shape) if hasattr(bench, "rivals_of") else bench.RIVALS
     names = [*ours, *rivals]
     steps = {name: make_step(bench, name, shape_name, dtype) for name in names}
+    if is_cuda():
+        names = [name for name in names if _fits(steps, name)]
     if plan.base is None:
         times = interleave(steps, plan.seconds)
     else:
@@ -190,16 +196,32 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
     )
 
 
+def _fits(steps: dict[str, Step], name: str) -> bool:
+    """Whether a contender runs on this card; its step is dropped if not."""
+    try:
+        steps[name]()
+    except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
+        sys.stderr.write(f"{name} is left out: {error}\n")
+        del steps[name]
+        return False
+    return True
+
+
 def time_ms(step: Step) -> float:
-    """Of one call, in the process that computes it."""
+    """Of one call, in the process that computes it; on a card from its start to its end there."""
     if isinstance(step, base.RemoteStep):
         return step.time_ms()
     if is_cuda():
-        torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
-    synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(2):  # while the card writes, the host gets ahead
+            torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
     begin = time.perf_counter()
     step()
-    synchronize()
     return 1e3 * (time.perf_counter() - begin)
 
 
@@ -229,8 +251,14 @@ def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
 
     What ran before in a process changes what its allocator does, and with it the time of
     everything that stores large intermediates: the same eager step took 157 or 356 ms. For that
-    reason checks, which compute in float64, run apart from what is timed.
+    reason checks, which compute in float64, run apart from what is timed. On a card torch counts
+    memory itself and a kernel's time has no history, while a process takes seconds to reach it:
+    there the call is made here.
     """
+    if is_cuda():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return function(*arguments)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()

@@ -54,6 +54,8 @@ def main() -> None:
     rows: list[Row] = []
     curves: list[dict] = []
     seconds = 2.0 if options.quick else 8.0
+    seconds = min(seconds, 1.0) if is_cuda() else seconds  # a step there takes milliseconds
+    path = options.json or record.default_path()
     with ExitStack() as stack:
         tree = None
         if options.base:
@@ -66,13 +68,13 @@ def main() -> None:
                 console.print(f"{op}: {shape}, {dtype} ...")
                 module = f"benchmarks.bench_{op}"
                 rows.append(harness.in_fresh_process(harness.measure, module, shape, dtype, plan))
-            if op == "attention_kl":
-                from .curves import attention_by_length
+                record.save(rows, path, curves)  # so that a run cut short keeps its figures
+    if not options.ops or "attention_kl" in options.ops:
+        from .curves import attention_by_length
 
-                console.print(f"{op}: by length ...")
-                curves.append(attention_by_length(options.quick, seconds / 2))
+        console.print("attention_kl: by length ...")
+        curves.append(attention_by_length(options.quick, seconds / 2))
     console.print(table(rows))
-    path = options.json or record.default_path()
     record.save(rows, path, curves)
     console.print(f"written to {path}", soft_wrap=True)
     if options.plots:
@@ -105,7 +107,7 @@ def table(rows: list[Row]) -> Table:
             f"{row.op} {row.shape}, {row.dtype}",
             f"{row.times_ms[first]['median']:.1f} ({first})",
             "\n".join(_ratio(row, first, name) for name in others),
-            f"{row.extra_peak_mb[first]:.0f} of {row.extra_peak_mb['eager']:.0f}",
+            f"{row.extra_peak_mb[first]:.0f} of {row.extra_peak_mb.get('eager', float('nan')):.0f}",
         )
     return view
 
