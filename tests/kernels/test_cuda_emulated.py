@@ -179,7 +179,8 @@ def test_float16_gradients_wait_in_float32(kernels, monkeypatch):
 
 def test_engine_is_chosen_before_triton_without_a_projection(monkeypatch):
     inputs = make_inputs(CASES_BY_ID["same-width"])
-    monkeypatch.setattr(_engines, "PREFERENCE", {"cpu": _engines.PREFERENCE["cuda"]})
+    order = _engines.PREFERENCE_OF["feature_alignment"]["cuda"]
+    monkeypatch.setitem(_engines.PREFERENCE_OF, "feature_alignment", {"cpu": order})
     monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
     words = explain("feature_alignment", inputs.student, inputs.teacher)
     assert "served by the cuda engine" in words

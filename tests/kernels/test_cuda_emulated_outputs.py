@@ -222,16 +222,17 @@ def test_linear_kl(case, dtypes, emulated_outputs):
     assert (blocks > 1) == (case.id not in ("one-row", "no-row"))
 
 
-def test_engine_is_chosen_before_triton(monkeypatch):
+def test_engine_is_chosen_after_triton(monkeypatch):
     monkeypatch.setattr(_engines, "PREFERENCE", {"cpu": _engines.PREFERENCE["cuda"]})
-    monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
     logits, head = torch.randn(3, 4), torch.randn(5, 4)
-    for words in (
-        explain("logit_kl", logits, logits),
-        explain("linear_kl", logits, head, logits, head),
-    ):
-        assert "served by the cuda engine" in words
-        assert "not triton: it could serve, but is asked later" in words
+    calls = ("logit_kl", logits, logits), ("linear_kl", logits, head, logits, head)
+    for call in calls:
+        assert "served by the cuda engine" in explain(*call), "Triton serves no CPU tensors"
+    monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
+    for call in calls:
+        words = explain(*call)
+        assert "served by the triton engine" in words
+        assert "not cuda: it could serve, but is asked later" in words
 
 
 def test_every_barrier_of_the_kernels_is_needed(tmp_path):

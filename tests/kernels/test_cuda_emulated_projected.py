@@ -238,7 +238,8 @@ def test_the_gram_route_is_refused_in_words():
 
 
 def test_cuda_comes_first(monkeypatch):
-    monkeypatch.setattr(_engines, "PREFERENCE", {"cpu": _engines.PREFERENCE["cuda"]})
+    order = _engines.PREFERENCE_OF["feature_alignment"]["cuda"]
+    monkeypatch.setitem(_engines.PREFERENCE_OF, "feature_alignment", {"cpu": order})
     monkeypatch.setattr(_engines, "triton_refusal", lambda device, is_double: None)
     inputs = make_inputs(CASES_BY_ID["narrow-student"], F16)
     pytest.importorskip("triton")
