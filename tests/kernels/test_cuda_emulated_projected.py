@@ -69,9 +69,9 @@ def test_half_precision(id, dtypes):
 @pytest.mark.parametrize(
     ("dtypes", "names"),
     [
-        ("bf16", ["addmm", "mm"]),  # P on b, dW; dX is bfloat16 itself
+        ("bf16", ["addmm"]),  # P on b; dX is bfloat16 itself, and so is dW of one part
         ("f16", ["addmm"]),  # dP is in float32
-        ("bf16-f32-bf16", ["addmm", "mm"]),
+        ("bf16-f32-bf16", ["addmm"]),
         ("bf16-f16-f32", []),
     ],
 )
