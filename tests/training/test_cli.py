@@ -2,6 +2,7 @@
 
 from importlib import metadata
 
+import datasets  # noqa: F401 (reads metadata of packages when first imported, which a test hides)
 import pytest
 
 from tests.support.runs import invoke
