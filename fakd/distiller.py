@@ -161,7 +161,7 @@ class Distiller(nn.Module):
             check_pairs("attention", attention, self.attention_pairs)
         if feature is not None:
             check_pairs("feature", feature, self.pairs)
-            feature.to(student.device)  # projections are drawn on the CPU
+            feature.to(next(student.parameters()).device)  # projections are drawn on the CPU
         self.feature, self.attention = feature, attention
 
     @classmethod
