@@ -86,39 +86,6 @@ def wanted(tensors: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tens
     return [tensor for tensor, is_wanted in zip(tensors, wants, strict=True) if is_wanted]
 
 
-def save_gradients(ctx, output, tensors: tuple, wants: tuple) -> None:
-    """What every op's setup_context does with its output (loss, sums, gradients).
-
-    Args:
-        ctx: of `register_autograd`.
-        output: what the op returned; only the loss is differentiable.
-        tensors: the lists of inputs that may want a gradient, in the order of the gradients.
-        wants: for each of these lists, whether each tensor wanted one.
-    """
-    _, sums, grads = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(sums, *grads)
-    ctx.save_for_backward(sums, *grads)
-    ctx.wants = wants
-    ctx.dtypes = [
-        tensor.dtype
-        for group, flags in zip(tensors, wants, strict=True)
-        for tensor, wanted in zip(group, flags, strict=True)
-        if wanted
-    ]
-
-
-def take_gradients(
-    ctx, grad_loss: Tensor | None
-) -> tuple[list[list[Tensor | None]], Tensor | None]:
-    """The scaled gradients, one list per list of `wants`, and the sums that forward saved."""
-    if grad_loss is None:
-        return [[None] * len(flags) for flags in ctx.wants], None
-    sums, *grads = ctx.saved_tensors
-    scaled = iter(scale_gradients(grads, grad_loss, ctx.dtypes))
-    return [[next(scaled) if wanted else None for wanted in flags] for flags in ctx.wants], sums
-
-
 def scale_gradients(grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtype]) -> list[Tensor]:
     """`[(grad * factor).to(dtype) ...]`, in place where nobody can see it.
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import _engines, _output_checks, _pairs, _validate
-from ._backward import save_gradients, take_gradients
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Rows(NamedTuple):
     row_weights: Tensor | None
     coefficients: Tensor  # [2]: factors * inverse
     factors: Tensor  # [2]: kl_weight * temperature^2, ce_weight
-    inverse: Tensor  # []: 1 / normalizer, 0 where nothing counts
+    only_factor: float | None  # of the distance, where it is a number and ce_weight is 0
+    inverse: float | Tensor  # []: 1 / normalizer, 0 where nothing counts
     tokens: Tensor  # []
 
 
@@ -102,19 +102,36 @@ def lower_rows(
         tokens = like.new_full((), leading.numel(), dtype=work)
     else:
         tokens = weights.sum(dtype=work)
-    square = temperature * temperature if scale_by_temperature_squared else 1.0
-    factors = torch.stack([_number(kl_weight, like, work) * square, _number(ce_weight, like, work)])
+    kl_factor = kl_weight * (temperature**2 if scale_by_temperature_squared else 1.0)
+    factors = _vector(kl_factor, ce_weight, device, work)
     count = normalizer
     if normalizer is None:
         # Of all tokens, a number: a small classifier feels every operation more.
         count = leading.numel() if weights is None else tokens
-    inverse = _pairs.inverse([count], like, work)[0]
-    return Rows(labels, weights, factors * inverse, factors, inverse, tokens)
+    if isinstance(count, Tensor):
+        inverse = _pairs.inverse([count], like, work)[0]
+    else:
+        inverse = 1.0 / count if count != 0 else 0.0
+    is_alone = not isinstance(kl_weight, Tensor) and labels is None
+    only_factor = kl_factor if is_alone else None
+    return Rows(labels, weights, factors * inverse, factors, only_factor, inverse, tokens)
 
 
-def _number(value: float | Tensor, like: Tensor, work: torch.dtype) -> Tensor:
-    """[], on the device of `like`, without a transfer that waits."""
-    return value.to(work) if isinstance(value, Tensor) else like.new_full((), value, dtype=work)
+def _vector(
+    kl_factor: float | Tensor, ce_weight: float | Tensor, device: torch.device, work: torch.dtype
+) -> Tensor:
+    """[2]"""
+    both = kl_factor, ce_weight
+    if not any(isinstance(factor, Tensor) for factor in both):
+        return _pairs.vector([float(factor) for factor in both], device, work)
+    return torch.stack(
+        [
+            factor.to(work)
+            if isinstance(factor, Tensor)
+            else torch.full((), factor, dtype=work, device=device)
+            for factor in both
+        ]
+    )
 
 
 def lower_softcap(name: str, softcap: float | None) -> float:
@@ -154,10 +171,15 @@ def wanted(*tensors: Tensor | None) -> list[bool]:
 def results(outputs: tuple, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `OutputKL`, from what a registered op returned."""
     loss, sums, per_token = outputs[:3]
-    kl, ce = (sums.detach() * rows.inverse.detach()).unbind()
-    factors = rows.factors.detach()
+    inverse, factors = rows.inverse, rows.factors.detach()
+    kl, ce = (sums * (inverse.detach() if isinstance(inverse, Tensor) else inverse)).unbind()
     # A term of weight 0 adds nothing, even where it is not finite.
-    shares = torch.mv(torch.where(factors == 0, 0, per_token.detach()), factors)
+    if rows.only_factor is None:
+        shares = torch.mv(torch.where(factors == 0, 0, per_token), factors)
+    elif rows.only_factor == 0:
+        shares = torch.zeros_like(per_token[:, 0])
+    else:
+        shares = per_token[:, 0] * rows.only_factor
     return loss, kl, ce, shares, rows.tokens
 
 
@@ -249,18 +271,3 @@ def places(*tensors: Tensor | None) -> tuple[list[Tensor], list[int]]:
 def fake_values(coefficients: Tensor, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sums and the values of every token, as the registered ops return them."""
     return tuple(coefficients.new_empty(shape) for shape in ((), (2,), (tokens, 2)))
-
-
-def save(ctx, output: tuple, tensors: tuple, wants: list[bool]) -> None:
-    """setup_context of the registered ops; `tensors` are those that may want a gradient."""
-    loss, sums, per_token, grads = output
-    save_gradients(ctx, (loss, sums, grads), (tensors,), (wants,))
-    ctx.mark_non_differentiable(sums, per_token, *grads)
-
-
-def take(
-    ctx, grad_loss: Tensor | None, *, is_learned: bool
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """The scaled gradients of these tensors, and that of the coefficients."""
-    (grads,), sums = take_gradients(ctx, grad_loss)
-    return grads, grad_loss * sums if is_learned and sums is not None else None

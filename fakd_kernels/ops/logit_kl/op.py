@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _engines, _output_checks, _outputs, _pairs
+from ..._backward import register_autograd, wanted
 from . import dispatch
 from .arguments import lower
 
@@ -157,17 +158,11 @@ def _fake(*lowered):
     return *_outputs.fake_values(coefficients, lowered[0].shape[0]), grad
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *values, grad = output
-    _outputs.save(ctx, (*values, [grad]), inputs[:1], [inputs[5]])
-
-
-def _backward(ctx, grad_loss, *_):
-    grads, grad_coefficients = _outputs.take(ctx, grad_loss, is_learned=ctx.needs_input_grad[4])
-    return (*grads, *[None] * 3, grad_coefficients, *[None] * 8)
-
-
-torch.library.register_autograd("fakd::logit_kl", _backward, setup_context=_setup_context)
+register_autograd(
+    "logit_kl",
+    coefficients_at=4,
+    leaves_of=lambda arguments: wanted(arguments[:1], arguments[5:6]),
+)
 
 
 _engines.register_explainer(logit_kl, lower, dispatch.explain)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ... import _engines, _output_checks, _outputs, _pairs
+from ..._backward import register_autograd, wanted
 from . import dispatch
 from .arguments import lower
 
@@ -97,7 +98,8 @@ def topk_kl(
         normalizer: what both weighted sums over tokens are divided by, > 0; default the sum of row
             weights (`.tokens`). Pass the global count for accumulation or data parallelism.
         block_bytes: memory for the logits (or gathered rows of the head) of a block of tokens, in
-            float32, a block being at least one token; default up to the engine, on a GPU 1 GiB.
+            float32, a block being at least one token; default up to the engine, on a GPU 512 MiB
+            or 512 tokens.
         engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
 
     Returns:
@@ -173,16 +175,11 @@ def _fake(*lowered):
     return *_outputs.fake_values(coefficients, lowered[0].shape[0]), _pairs.present(grads)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _outputs.save(ctx, output, inputs[:3], inputs[8])
-
-
-def _backward(ctx, grad_loss, *_):
-    grads, grad_coefficients = _outputs.take(ctx, grad_loss, is_learned=ctx.needs_input_grad[7])
-    return (*grads, *[None] * 4, grad_coefficients, *[None] * 6)
-
-
-torch.library.register_autograd("fakd::topk_kl", _backward, setup_context=_setup_context)
+register_autograd(
+    "topk_kl",
+    coefficients_at=7,
+    leaves_of=lambda arguments: wanted(arguments[:3], arguments[8]),
+)
 
 
 _engines.register_explainer(topk_kl, lower, dispatch.explain)
