@@ -75,6 +75,15 @@ def test_small_blocks_give_the_same_numbers(dtypes, monkeypatch):
     assert [name for name, _ in launches] == ["rows_kernel"] * 5 + ["reduce_kernel"]
 
 
+def test_parts_of_tokens_give_the_same_numbers(monkeypatch):
+    """dH and dW are products of 16, 16 and 9 tokens, though logits are there for 5 at a time."""
+    monkeypatch.setattr(_output_products, "_LARGE_HEAD", 1)
+    case = OutputCase(
+        "", "", (41,), (331, 331), (8, 24), mask="float", labels="some", has_biases=True
+    )
+    check(make(case, "bf16"), "triton", block_bytes=5 * 2 * 4 * 331, ce_weight=0.5)
+
+
 def test_gradients_are_not_those_of_bfloat16_logits():
     """Logits rounded to bfloat16 change the loss little and its gradient by several percent."""
     inputs = make(OutputCase("", "", (64,), (256, 256), (64, 96), spread=4.0), "bf16")
@@ -181,9 +190,10 @@ class _Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtypes", ["f32", "bf16"])
-def test_memory_is_one_block_of_logits_and_the_host_never_waits(dtypes):
-    tokens, vocab, width, block = 64, 1200, 4, 8
+@pytest.mark.parametrize(("dtypes", "is_large"), [("f32", False), ("bf16", False), ("bf16", True)])
+def test_memory_is_one_block_of_logits_and_the_host_never_waits(dtypes, is_large, monkeypatch):
+    tokens, vocab, width, block = 64, 1200, 16, 8
+    monkeypatch.setattr(_output_products, "_LARGE_HEAD", vocab * width if is_large else 1 << 62)
     case = OutputCase("", "", (tokens,), (vocab, vocab), (width, width), mask="holes", labels="all")
     inputs = make(case, dtypes)
     options = {"block_bytes": block * 2 * 4 * vocab, "ce_weight": 0.5}
@@ -193,9 +203,15 @@ def test_memory_is_one_block_of_logits_and_the_host_never_waits(dtypes):
         with _Sizes() as sizes:
             dispatch.FILL[chosen](problem)
     assert sizes.reads == []
-    large = [size for size in sizes.made if size > vocab * width]
-    # Both sides, and their gradient in bfloat16.
-    assert large == [block * vocab] * (2 if dtypes == "f32" else 3)
+    # Both sides, and the gradient of logits in bfloat16: of a block, or of 2 * width tokens.
+    made = sorted(size for size in sizes.made if size >= block * vocab)
+    logits, dw = [block * vocab] * 2, [vocab * width]
+    if dtypes == "f32":
+        assert made == logits
+    elif is_large:
+        assert made == [*logits, 2 * width * vocab]
+    else:  # and the float32 sum of dW
+        assert made == [*logits, block * vocab, *dw]
 
 
 def test_learned_weights_receive_their_gradients():

@@ -16,6 +16,7 @@ from tests.support.devices import to_device
 from tests.support.output_cases import (
     DENSE_CASES,
     TOPK_CASES,
+    OutputCase,
     make_linear,
     make_logits,
     make_topk,
@@ -81,6 +82,17 @@ def test_outputs(engine, maker, case):
     for dtypes in ("f32", "bf16"):
         inputs = on_gpu(MAKERS[maker](case, dtypes), engine)
         output_checks.check(replace(inputs, origin=("", "")), engine)
+
+
+@pytest.mark.gpu
+@on_card
+@pytest.mark.parametrize("engine", ENGINES)
+def test_linear_kl_of_a_large_head(engine):
+    """dH and dW in bfloat16 are products of three parts of the tokens."""
+    sides = (65600, 65600), (256, 320)
+    case = OutputCase("large", "", (1100,), *sides, mask="float", labels="some", spread=4.0)
+    inputs = on_gpu(make_linear(case, "bf16"), engine)
+    output_checks.check(replace(inputs, origin=("", "")), engine, ce_weight=0.5)
 
 
 @pytest.mark.gpu

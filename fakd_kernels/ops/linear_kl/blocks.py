@@ -1,14 +1,14 @@
 """What the GPU engines do alike: blocks of tokens, whose logits the products make and take.
 
 For a block of R tokens: S = H W^T and T = H_T W_T^T in float32, reused by one block after the
-other; a row kernel makes dS of them, in the memory of S or in bfloat16 (see `_output_products`);
-dH = dS W, dW += dS^T H. In all 2 N V (3 Ds + Dt) FLOPs; per token and entry of the vocabulary the
-row kernel moves 18 to 20 bytes (8 for values alone), the products 12 to 16 beside heads and states.
-By data sheet an H100 takes 21 ps for these FLOPs in bfloat16, 2048 and 4096 wide, and 5.4 ps for
-the bytes of the row kernel.
+other; a row kernel makes dS of them, in the memory of S, or in bfloat16 for a part of M tokens
+(see `_output_products`); dH = dS W, dW = dS^T H. In all 2 N V (3 Ds + Dt) FLOPs; per token and
+entry of the vocabulary the row kernel moves 18 to 20 bytes (8 for values alone), the products 12
+to 16 beside heads and states. By data sheet an H100 takes 21 ps for these FLOPs in bfloat16, 2048
+and 4096 wide, and 5.4 ps for the bytes of the row kernel.
 
-Memory beyond the gradients: 8 R V bytes (2 R V more in bfloat16), R D float32, and dW in float32
-where its own dtype is another. Nothing waits for the device.
+Memory beyond the gradients: 8 R V bytes, and in bfloat16 2 M V (M = N up to 2 Ds) and 4 M Ds more;
+of other half heads 4 V Ds, for dW in float32. Nothing waits for the device.
 """
 
 from collections.abc import Iterator
@@ -40,23 +40,24 @@ def rows_of_blocks(problem: Problem) -> list[slice]:
 def blocks_between_products(problem: Problem, blocks: list[slice]) -> Iterator[Block]:
     """Each block with its logits; its gradient, once filled, goes into those of the problem."""
     student, teacher, vocab = problem.student, problem.teacher, len(problem.student.head)
+    hidden = counted(student.hidden, problem.terms.weights(slice(None)))
     gradients = products.ProjectionGradients(
-        problem.grad_hidden, problem.grad_head, problem.grad_bias
+        hidden,
+        student.head,
+        (problem.grad_hidden, problem.grad_head, problem.grad_bias),
+        blocks,
     )
+    tokens = max((rows.stop - rows.start for rows in blocks), default=0)
     student_logits, teacher_logits = (
-        products.Buffer(blocks, vocab, torch.float32, student.hidden) for _ in range(2)
+        products.logits_buffer(tokens, vocab, torch.float32, hidden) for _ in range(2)
     )
-    grad_logits = None
-    if gradients.is_wanted:
-        dtype = gradients.logits_dtype(student.hidden, student.head)
-        grad_logits = student_logits.of_gradients(dtype)
     for rows in blocks:
-        s, t = student_logits.of(rows), teacher_logits.of(rows)
-        x = counted(student.hidden[rows], problem.terms.weights(rows))
-        products.make_logits(s, x, student.head)
+        count = rows.stop - rows.start
+        s, t = student_logits[:count], teacher_logits[:count]
+        products.make_logits(s, hidden[rows], student.head)
         products.make_logits(t, teacher.hidden[rows], teacher.head)
-        grad = None if grad_logits is None else grad_logits.of(rows)
+        grad = gradients.room(rows, s)
         yield Block(rows, s, t, grad)
         if grad is not None:
-            gradients.add(grad, x, student.head, rows)
+            gradients.add(rows, grad)
     gradients.finish()

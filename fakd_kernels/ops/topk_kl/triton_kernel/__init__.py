@@ -1,13 +1,14 @@
 """The Triton engine: blocks of tokens, between whose products the row kernel stands.
 
 For a block of R tokens: S = H W^T in float32, reused by one block after the other;
-`kernel.top_rows_kernel` makes dS of it, in its memory or in bfloat16 (see `_output_products`);
-dH = dS W, dW += dS^T H. In all 6 N V D FLOPs, also where only k logits of a token have a gradient:
-sums over tokens are then those of a product, in a fixed order, without atomics.
+`kernel.top_rows_kernel` makes dS of it, in its memory, or in bfloat16 for a part of M tokens (see
+`_output_products`); dH = dS W, dW = dS^T H. In all 6 N V D FLOPs, also where only k logits of a
+token have a gradient: sums over tokens are then those of a product, in a fixed order, without
+atomics.
 
-Memory beyond the gradients: 4 R V bytes (2 R V more in bfloat16), R D float32, and dW in float32
-where its own dtype is another. Nothing waits for the device. Triton is imported on first use, so
-that the package imports without it.
+Memory beyond the gradients: 4 R V bytes, and in bfloat16 2 M V (M = N up to 2 D) and 4 M D more; of
+other half heads 4 V D, for dW in float32. Nothing waits for the device. Triton is imported on first
+use, so that the package imports without it.
 """
 
 import torch
@@ -26,23 +27,22 @@ def fill(problem: Problem) -> None:
 
     hidden, head, terms = problem.hidden, problem.head, problem.terms
     vocab, entries = len(head), problem.indices.shape[1]
-    gradients = products.ProjectionGradients(
-        problem.grad_hidden, problem.grad_head, problem.grad_bias
-    )
+    hidden = counted(hidden, terms.weights(slice(None)))
     blocks = products.token_blocks(len(hidden), vocab * 4, problem.block_bytes)
-    logits = products.Buffer(blocks, vocab, torch.float32, hidden)
-    grad_logits = None
-    if gradients.is_wanted:
-        grad_logits = logits.of_gradients(gradients.logits_dtype(hidden, head))
+    gradients = products.ProjectionGradients(
+        hidden, head, (problem.grad_hidden, problem.grad_head, problem.grad_bias), blocks
+    )
+    tokens = max((rows.stop - rows.start for rows in blocks), default=0)
+    logits = products.logits_buffer(tokens, vocab, torch.float32, hidden)
     with outputs.on_device(hidden.device):
         programs = [count_programs(rows.stop - rows.start, vocab, entries) for rows in blocks]
         slots = outputs.Slots(sum(programs), problem.sums)
         for rows in blocks:
-            s, x = logits.of(rows), counted(hidden[rows], terms.weights(rows))
-            products.make_logits(s, x, head)
-            grad = None if grad_logits is None else grad_logits.of(rows)
+            s = logits[: rows.stop - rows.start]
+            products.make_logits(s, hidden[rows], head)
+            grad = gradients.room(rows, s)
             launch_rows(problem, s, grad, rows, slots)
             if grad is not None:
-                gradients.add(grad, x, head, rows)
+                gradients.add(rows, grad)
         gradients.finish()
         slots.reduce()
