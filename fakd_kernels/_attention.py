@@ -25,9 +25,13 @@ class AttentionKL:
     @staticmethod
     def of(loss: Tensor, sums: Tensor, sizes: Sequence[int], inverse: Tensor) -> "AttentionKL":
         """From sums over rows of every head, pair after pair, and 1 / normalizer of every pair."""
-        apart = sums.detach().split(list(sizes))
+        sums, inverse = sums.detach(), inverse.detach()
         # The normalizer counts heads; the mean of one head does not.
-        per_head = [s * inverse[index].detach() * len(s) for index, s in enumerate(apart)]
+        if _pairs.is_even(sizes):
+            means = sums.view(len(sizes), -1) * (inverse * sizes[0])[:, None]
+            return AttentionKL(loss, means.mean(1), list(means.unbind()))
+        apart = sums.split(list(sizes))
+        per_head = [s * inverse[index] * len(s) for index, s in enumerate(apart)]
         return AttentionKL(loss, torch.stack([means.mean() for means in per_head]), per_head)
 
 
@@ -39,12 +43,17 @@ def heads_compared(tensor: Tensor, teacher_heads: list[int]) -> int:
     return tensor.shape[1] if teacher_heads else 1
 
 
+def zero_sums(sizes: Sequence[int], coefficients: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Sums over rows of the heads of all pairs, to add to, and those of every pair, its views."""
+    sums = torch.zeros(sum(sizes), dtype=coefficients.dtype, device=coefficients.device)
+    return sums, list(sums.split(list(sizes)))
+
+
 def fill(problem, engine, grads: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Let an engine fill the buffers of a problem: what the registered ops return."""
     engine(problem)
-    sums = [pair.sums for pair in problem.pairs]
-    loss = _pairs.loss_of(problem.coefficients, torch.stack([part.sum() for part in sums]))
-    return loss, torch.cat(sums), grads
+    of_pairs = _pairs.sum_parts(problem.sums, [len(pair.sums) for pair in problem.pairs])
+    return _pairs.loss_of(problem.coefficients, of_pairs), problem.sums, grads
 
 
 def row_scales(

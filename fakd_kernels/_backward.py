@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _engines
+from . import _engines, _pairs
 
 _SECOND = (
     "fakd_kernels: second derivatives are not available, because gradients are computed in the "
@@ -64,7 +64,7 @@ def register_autograd(
             grad_coefficients = None
             if ctx.needs_input_grad[2]:
                 if ctx.sizes is not None:
-                    sums = torch.stack([part.sum() for part in sums.split(ctx.sizes)])
+                    sums = _pairs.sum_parts(sums, ctx.sizes)
                 grad_coefficients = grad_loss * sums
             return None, None, grad_coefficients, *scaled
 

@@ -52,6 +52,18 @@ def loss_of(coefficients: Tensor, sums: Tensor) -> Tensor:
     return torch.where(coefficients == 0, 0, coefficients * sums).sum()
 
 
+def sum_parts(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[L]: the sums of parts of these sizes, one after the other."""
+    if is_even(sizes):
+        return values.view(len(sizes), -1).sum(1)
+    return torch.stack([part.sum() for part in values.split(list(sizes))])
+
+
+def is_even(sizes: Sequence[int]) -> bool:
+    """Whether all parts are of one size, so that one operation serves them all."""
+    return all(size == sizes[0] for size in sizes)
+
+
 def work_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """float32, or float64 where any tensor is."""
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors)

@@ -30,6 +30,7 @@ from tests.kernels.test_attention_map_kl import (
     make,
     results,
 )
+from tests.support import accuracy
 from tests.support.accuracy import assert_accurate
 from tests.support.interpreter import prepare_once
 
@@ -75,7 +76,10 @@ def test_tiles_of_every_kind(tokens, heads, inputs):
 @pytest.mark.parametrize("heads", ["match", "mean"])
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("apart", [1e-2, 1e-3])
-def test_near_equal_sides(apart, inputs, heads):
+def test_near_equal_sides(apart, inputs, heads, monkeypatch):
+    # Losses are sums of what is left of numbers a hundred times as large, each rounded: of one
+    # number, the error of eager is a matter of luck.
+    monkeypatch.setattr(accuracy, "FLOOR_UNITS", 8)
     students, _, masks = make(MapCase("", "", ((1, 70, 2, 2),)), "scores")
     generator = torch.Generator().manual_seed(1)
     scores = [students[0].detach()]

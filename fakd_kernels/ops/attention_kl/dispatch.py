@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _engines, _pairs
-from ..._attention import heads_compared
+from ..._attention import heads_compared, zero_sums
 from . import cpu, reference, triton_kernel
 from .problem import Pair, Problem, Side
 
@@ -35,10 +35,12 @@ def resolve(
     """The problem with its buffers, the engine that serves it, and the wanted gradients."""
     grad_q = _pairs.grad_buffers(student_q, wants_q)
     grad_k = _pairs.grad_buffers(student_k, wants_k)
+    sizes = [heads_compared(tensor, teacher_heads) for tensor in student_q]
+    sums, sums_of = zero_sums(sizes, coefficients)
     pairs = []
     begin = 0
     for index, q in enumerate(student_q):
-        compared = heads_compared(q, teacher_heads)
+        compared = sizes[index]
         pairs.append(
             Pair(
                 student=Side(
@@ -56,11 +58,11 @@ def resolve(
                 teacher_heads=teacher_heads[begin : begin + compared] if teacher_heads else None,
                 grad_q=grad_q[index],
                 grad_k=grad_k[index],
-                sums=torch.zeros(compared, dtype=coefficients.dtype, device=q.device),
+                sums=sums_of[index],
             )
         )
         begin += compared
-    problem = Problem(pairs, coefficients, temperature, distance)
+    problem = Problem(pairs, coefficients, sums, temperature, distance)
     chosen = _engines.choose("attention_kl", student_q[0].device, refusals(problem), engine)
     return problem, chosen, _pairs.present(grad_q, grad_k)
 

@@ -51,5 +51,6 @@ class Problem:
 
     pairs: list[Pair]
     coefficients: Tensor  # [L] float32 (float64 for float64 inputs)
+    sums: Tensor  # of all pairs, whose own are its views
     temperature: float
     distance: str  # one of `_attention.DISTANCES`

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _engines, _pairs
-from ..._attention import heads_compared
+from ..._attention import heads_compared, zero_sums
 from . import cpu, cuda, reference, triton_kernel
 from .problem import Pair, Problem
 
@@ -33,10 +33,12 @@ def resolve(
 ) -> tuple[Problem, str, list[Tensor]]:
     """The problem with its buffers, the engine that serves it, and the wanted gradients."""
     grads = _pairs.grad_buffers(student_maps, wants)
+    sizes = [heads_compared(tensor, teacher_heads) for tensor in student_maps]
+    sums, sums_of = zero_sums(sizes, coefficients)
     pairs = []
     begin = 0
     for index, maps in enumerate(student_maps):
-        compared = heads_compared(maps, teacher_heads)
+        compared = sizes[index]
         pairs.append(
             Pair(
                 student=maps,
@@ -46,11 +48,11 @@ def resolve(
                 window=None if window[index] < 0 else window[index],
                 teacher_heads=teacher_heads[begin : begin + compared] if teacher_heads else None,
                 grad=grads[index],
-                sums=torch.zeros(compared, dtype=coefficients.dtype, device=maps.device),
+                sums=sums_of[index],
             )
         )
         begin += compared
-    problem = Problem(pairs, coefficients, are_scores, temperature, distance)
+    problem = Problem(pairs, coefficients, sums, are_scores, temperature, distance)
     device = student_maps[0].device
     chosen = _engines.choose("attention_map_kl", device, refusals(problem), engine)
     return problem, chosen, _pairs.present(grads)

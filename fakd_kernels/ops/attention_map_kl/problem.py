@@ -38,6 +38,7 @@ class Problem:
 
     pairs: list[Pair]
     coefficients: Tensor  # [L] float32 (float64 for float64 inputs)
+    sums: Tensor  # of all pairs, whose own are its views
     are_scores: bool
     temperature: float  # of scores
     distance: str  # one of `_attention.DISTANCES`
