@@ -14,16 +14,16 @@
 #include "gemm.h"
 #include "memory.h"
 #include "output_rows.h"
+#include "product_sums.h"
 #include "top_rows.h"
 
 namespace fakd {
 namespace {
 
 // Tokens per block decide the speed of products: few tokens read both heads too often.
-constexpr int64_t BLOCK_BYTES = 24 << 20, LEAST_TOKENS = 48;
-// Rows of a head that are multiplied at a time, and fewer where a product adds to what is there. At 64
-// tokens dW ran at 150 GFLOP/s in slices of 128 and at 100 as a whole, dH at 190 (one core of 210).
-constexpr int64_t SLICE = 512, SUM_SLICE = 128;
+constexpr int64_t BLOCK_BYTES = 20 << 20, LEAST_TOKENS = 48;
+// Rows of a head that are multiplied at a time.
+constexpr int64_t SLICE = 512;
 
 // Blocks of whole vectors of tokens, as far as there are so many.
 constexpr int64_t VECTOR = 16;
@@ -35,7 +35,7 @@ class LinearRun {
         count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary),
         parts_(std::min<int64_t>(
             torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE)),
-        has_teacher_(problem.teacher.hidden.data != nullptr) {
+        has_teacher_(problem.teacher.hidden.data != nullptr), sum_scratch_(parts_) {
     const int64_t sides = has_teacher_ ? 2 : 1;
     const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
     const int64_t most = problem.block_bytes > 0
@@ -126,24 +126,19 @@ class LinearRun {
     float* sums = wants_hidden ? grad_hidden_.reserve(parts_ * tokens * width) : nullptr;
     for_slices(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
       const Matrix columns = columns_of(gradient, first, slice.rows);
+      SumScratch& scratch = sum_scratch_[part.index];
       if (wants_hidden) {
         const float* sum = sums + part.index * tokens * width;
-        multiply(row_major(sum, tokens, width), columns, slice, first > part.begin);
+        const Matrix out = row_major(sum, tokens, width);
+        multiply_sum(kernels_, out, columns, slice, first > part.begin, scratch);
       }
-      if (grad_head_ != nullptr) add_head_grad(columns, hidden, first, begin > 0);
+      if (grad_head_ != nullptr) {
+        const Matrix out = row_major<float>(grad_head_ + first * width, slice.rows, width);
+        multiply_sum(kernels_, out, columns.transposed(), hidden, begin > 0, scratch);
+      }
       if (!bias_sums_.empty()) add_bias_grad(columns, first);
     });
     if (wants_hidden) write_hidden_grad(sums, begin, end);
-  }
-
-  void add_head_grad(const Matrix& gradient, const Matrix& hidden, int64_t first, bool is_added) {
-    for (int64_t begin = 0; begin < gradient.columns; begin += SUM_SLICE) {
-      const int64_t end = std::min(gradient.columns, begin + SUM_SLICE);
-      multiply(
-          row_major<float>(
-              grad_head_ + (first + begin) * hidden.columns, end - begin, hidden.columns),
-          columns_of(gradient, begin, end - begin).transposed(), hidden, is_added);
-    }
   }
 
   // In float64: a running sum over all tokens in float32 would lose bits.
@@ -243,6 +238,7 @@ class LinearRun {
   int64_t block_ = 0;
   Scratch student_, teacher_, packed_, student_hidden_, teacher_hidden_, grad_hidden_;
   Scratch own_grad_head_;
+  std::vector<SumScratch> sum_scratch_;  // of each part
   float* grad_head_ = nullptr;
   std::vector<double> bias_sums_;
 };
