@@ -1,8 +1,8 @@
 // Alignment of attention maps that exist: one pass over the rows of both sides.
 //
-// A task is a query row of one batch entry, with all heads. Keys that count are gathered side by side
-// in float32, compared by the row kernels of attention_kl, and the gradient is put back. Per entry
-// that counts 2 reads and 1 write of memory.
+// A task is a query row of one batch entry, of one head, or of all where they are averaged. Keys that
+// count are compared where they lie if they are float32 and side by side, else gathered in a row, from
+// which the gradient is put back. Per entry that counts 2 reads and 1 write of memory.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -17,10 +17,10 @@ namespace fakd {
 namespace {
 
 constexpr float LEAST_SCORE = -1e30f;  // what -inf and its like count as: a difference must exist
-constexpr float LEAST = 0x1p-126f;     // smaller probabilities count as this one
+constexpr int64_t TASK_KEYS = 16384;   // of as many rows as a thread takes at a time
 
 struct MapScratch {
-  Scratch student, teacher, student_map, teacher_map, student_log, teacher_log, line;
+  Scratch student, teacher, student_map, teacher_map, line;
 };
 
 class MapRows {
@@ -38,23 +38,20 @@ class MapRows {
     }
   }
 
-  // Adds to sums, [H] or [1].
-  void run(int64_t row, MapScratch& scratch, double* sums) const {
+  // The weighted distance of a row.
+  double run(int64_t head, int64_t row, MapScratch& scratch) const {
     const double weight = attended_.weight(row);
-    if (pair_.teacher_heads == nullptr) {
-      sums[0] += weight * run_mean(row, weight, scratch);
-      return;
-    }
-    for (int64_t head = 0; head < pair_.student.heads; ++head) {
-      float* s = scratch.student.reserve(pair_.student.tokens);
-      float* t = scratch.teacher.reserve(pair_.student.tokens);
-      const int64_t n = gather(pair_.student, head, row, s);
-      gather(pair_.teacher, pair_.teacher_heads[head], row, t);
-      const float gain = float(weight * pair_.coefficient);
-      sums[head] += weight * (problem_.are_scores ? score(s, t, n, gain)
-                                                     : compare(s, t, n, gain, scratch));
-      if (wants_grad()) scatter(head, row, s, scratch.line);
-    }
+    if (pair_.teacher_heads == nullptr) return weight * run_mean(row, weight, scratch);
+    const float gain = float(weight * pair_.coefficient);
+    const int64_t teacher_head = pair_.teacher_heads[head];
+    if (!problem_.are_scores) return weight * compare(head, teacher_head, row, gain, scratch);
+    float* s = scratch.student.reserve(pair_.student.tokens);
+    float* t = scratch.teacher.reserve(pair_.student.tokens);
+    const int64_t n = gather(pair_.student, head, row, s);
+    gather(pair_.teacher, teacher_head, row, t);
+    const double value = score(s, t, n, gain);
+    if (wants_grad()) scatter(head, row, s, scratch.line);
+    return weight * value;
   }
 
  private:
@@ -70,27 +67,44 @@ class MapRows {
     return kernels_.score_row(call, gain, 0, wants_grad()).distance;
   }
 
-  // Probabilities of both sides; the gradient by the student's in their place.
-  double compare(float* s, const float* t, int64_t n, float gain, MapScratch& scratch) const {
-    float* log_s = scratch.student_log.reserve(pair_.student.tokens);
-    float* log_t = scratch.teacher_log.reserve(pair_.student.tokens);
-    kernels_.scale(s, 1.0f, n, log_s);
-    kernels_.scale(t, 1.0f, n, log_t);
-    kernels_.floor_log2_row(log_s, n);
-    kernels_.floor_log2_row(log_t, n);
-    const double value =
-        kernels_.log_map_row(log_s, log_t, n, problem_.distance, 0.5f, wants_grad());
-    if (!wants_grad()) return value;
-    const ScoreDistance distance = problem_.distance;
-    for (int64_t j = 0; j < n; ++j) {
-      // From the probabilities where they serve: their logarithms have lost bits.
-      const float by_map = distance == ScoreDistance::kl    ? -std::max(t[j], LEAST) / s[j]
-                           : distance == ScoreDistance::mse ? 2.0f * (s[j] - std::max(t[j], LEAST))
-                           : distance == ScoreDistance::reverse_kl ? log_t[j] + 1.0f
-                                                                   : log_t[j];
-      s[j] = s[j] < LEAST ? 0.0f : gain * by_map;
+  double compare(
+      int64_t head, int64_t teacher_head, int64_t row, float gain, MapScratch& scratch) const {
+    const int64_t first = attended_.first_key(row), last = attended_.last_key(row);
+    const float* s = line_of(pair_.student, head, row, scratch.student);
+    const float* t = line_of(pair_.teacher, teacher_head, row, scratch.teacher);
+    if (!wants_grad()) {
+      return kernels_.compare_row(s, t, last - first, problem_.distance, 0.5f, 0, nullptr);
     }
-    return value;
+    const Rows grad = pair_.grad.at(batch_, head);
+    if (grad.dtype != Dtype::float32 || !is_run(first, last)) {
+      float* out = scratch.student.reserve(pair_.student.tokens);
+      const double value =
+          kernels_.compare_row(s, t, last - first, problem_.distance, 0.5f, gain, out);
+      scatter(head, row, out, scratch.line);
+      return value;
+    }
+    float* out = reinterpret_cast<float*>(row_address(grad, attended_.token(row)));
+    const int64_t begin = attended_.token(first), end = attended_.token(last - 1) + 1;
+    std::memset(out, 0, begin * sizeof(float));
+    std::memset(out + end, 0, (grad.columns - end) * sizeof(float));
+    return kernels_.compare_row(s, t, end - begin, problem_.distance, 0.5f, gain, out + begin);
+  }
+
+  // Keys that count, of one query row: where they lie, or gathered.
+  const float* line_of(const Heads& maps, int64_t head, int64_t row, Scratch& room) const {
+    const int64_t first = attended_.first_key(row);
+    const Rows rows = maps.at(batch_, head);
+    if (rows.dtype == Dtype::float32 && is_run(first, attended_.last_key(row))) {
+      return reinterpret_cast<const float*>(row_address(rows, attended_.token(row))) +
+             attended_.token(first);
+    }
+    float* out = room.reserve(pair_.student.tokens);
+    gather(maps, head, row, out);
+    return out;
+  }
+
+  bool is_run(int64_t first, int64_t last) const {
+    return last > first && attended_.tokens().is_run(first, last);
   }
 
   double run_mean(int64_t row, double weight, MapScratch& scratch) const {
@@ -103,7 +117,8 @@ class MapRows {
         pair_.teacher, row, scratch.teacher.reserve(pair_.teacher.heads * tokens), teacher_map);
     float gain = float(weight * pair_.coefficient / double(heads));
     if (!problem_.are_scores) {
-      const double value = compare(map, teacher_map, n, gain, scratch);
+      const double value = kernels_.compare_row(
+          map, teacher_map, n, problem_.distance, 0.5f, gain, wants_grad() ? map : nullptr);
       for (int64_t head = 0; head < heads && wants_grad(); ++head) {
         scatter(head, row, map, scratch.line);
       }
@@ -147,7 +162,7 @@ class MapRows {
     const Rows rows = maps.at(batch_, head);
     const char* line = row_address(rows, attended_.token(row));
     const int64_t bytes = int64_t(element_bytes(rows.dtype));
-    if (n > 0 && attended_.tokens().is_run(first, last)) {
+    if (is_run(first, last)) {
       kernels_.widen(line + attended_.token(first) * bytes, rows.dtype, n, out);
     } else {
       for (int64_t j = 0; j < n; ++j) {
@@ -183,29 +198,29 @@ class MapRows {
 void attention_map_kl(const AttentionMapProblem& problem) {
   row_kernels();  // a wrong FAKD_ISA is refused here, not on some thread
   for (const AttentionMapPair& pair : problem.pairs) {
-    const int64_t maps = pair.teacher_heads == nullptr ? 1 : pair.student.heads;
-    std::vector<double> totals(maps, 0.0);
+    const int64_t heads = pair.teacher_heads == nullptr ? 1 : pair.student.heads;
+    std::vector<double> totals(heads, 0.0);
     if (pair.grad.data != nullptr) {
       advise_huge_pages(
           pair.grad.data, pair.grad.batch * pair.grad.heads * pair.grad.tokens * pair.grad.width *
                               element_bytes(pair.grad.dtype));
     }
+    const int64_t grain = std::max<int64_t>(1, TASK_KEYS / std::max<int64_t>(1, pair.student.tokens));
     for (int64_t batch = 0; batch < pair.student.batch; ++batch) {
       const MapRows rows(problem, pair, batch);
       rows.clear_uncounted();
+      const int64_t count = rows.count();
       // Sums of every row apart, added in their order: results do not depend on threads.
-      std::vector<double> sums(rows.count() * maps, 0.0);
-      torch::stable::parallel_for(0, rows.count(), 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> sums(heads * count, 0.0);
+      torch::stable::parallel_for(0, heads * count, grain, [&](int64_t begin, int64_t end) {
         MapScratch scratch;
-        for (int64_t row = begin; row < end; ++row) {
-          rows.run(row, scratch, sums.data() + row * maps);
+        for (int64_t task = begin; task < end; ++task) {
+          sums[task] = rows.run(task / count, task % count, scratch);
         }
       });
-      for (int64_t row = 0; row < rows.count(); ++row) {
-        for (int64_t head = 0; head < maps; ++head) totals[head] += sums[row * maps + head];
-      }
+      for (int64_t task = 0; task < heads * count; ++task) totals[task / count] += sums[task];
     }
-    for (int64_t head = 0; head < maps; ++head) pair.sums[head] = float(totals[head]);
+    for (int64_t head = 0; head < heads; ++head) pair.sums[head] = float(totals[head]);
   }
 }
 

@@ -118,8 +118,11 @@ struct RowKernels {
   // In place of powers the gradient by raw scores, from that by probabilities.
   void (*powers_gradient_row)(
       float* x, const float* by_map, const float* slope, int64_t n, float inverse_sum, float gain);
-  // log2 in place; numbers below 2^-126 count as that.
-  void (*floor_log2_row)(float* x, int64_t n);
+  // The distance of two rows of probabilities, numbers below 2^-126 counting as that; its derivative by
+  // the student's, times gain, in `grad`, which may be the student or absent.
+  double (*compare_row)(
+      const float* student, const float* teacher, int64_t n, ScoreDistance distance, float jsd_beta,
+      float gain, float* grad);
   // out = cap tanh(scale x / cap), and its slope by scale x. `out` may be x.
   void (*cap_row)(const float* x, int64_t n, float scale, float cap, float* out, float* slope);
   // x *= factors, element by element.
