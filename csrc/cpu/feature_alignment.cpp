@@ -151,6 +151,7 @@ void feature_alignment(const FeatureProblem& problem) {
 
   const int64_t workers = is_parallel ? std::min<int64_t>(threads, int64_t(tasks.size())) : 1;
   std::vector<BlockScratch> scratch(workers);
+  for (BlockScratch& room : scratch) room.is_alone = !is_parallel;
   run_tasks(int64_t(tasks.size()), workers, [&](int64_t index, int64_t worker) {
     const Task& task = tasks[index];
     const FeaturePair& pair = problem.pairs[task.pair];

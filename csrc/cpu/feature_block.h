@@ -7,21 +7,36 @@
 
 #include "feature_alignment.h"
 #include "gemm.h"
+#include "product_sums.h"
 
 namespace fakd {
 
 // What every task of a projected pair shares, read only.
 struct Weights {
-  Scratch projection_copy, bias_copy;
+  Scratch projection_copy, bias_copy, transposed_copy;
   Matrix projection{};          // [Dt, Ds] float32
+  Matrix transposed{};          // [Ds, Dt]: its rows are contiguous where packed products want that
   const float* bias = nullptr;  // b [Dt]
 
   Weights(const RowKernels& kernels, const FeaturePair& pair) {
     const Rows& w = pair.projection;
     projection = fetch(kernels, w, CountedRows(w.rows), 0, w.rows, projection_copy);
+    transposed = projection.transposed();
+    if (is_packed_faster(kernels)) transposed = transpose();
     if (pair.bias.data != nullptr) {
       bias = fetch(kernels, pair.bias, CountedRows(1), 0, 1, bias_copy).data;
     }
+  }
+
+ private:
+  Matrix transpose() {
+    const int64_t rows = projection.rows, columns = projection.columns;
+    float* out = transposed_copy.reserve(rows * columns);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float* from = projection.data + row * projection.row_stride;
+      for (int64_t column = 0; column < columns; ++column) out[column * rows + row] = from[column];
+    }
+    return row_major(static_cast<const float*>(out), columns, rows);
   }
 };
 
@@ -39,7 +54,7 @@ struct GramWeights {
     const Matrix& w = weights.projection;
     const int64_t ds = w.columns;
     gram = row_major<float>(gram_copy.reserve(ds * ds), ds, ds);
-    multiply_symmetric(gram_copy.get(), w.transposed(), w);
+    multiply_symmetric(gram_copy.get(), w.transposed(), w, false, multiply<float>);
     mirror(gram_copy.get(), ds);
     diagonal = diagonal_copy.reserve(ds);
     for (int64_t j = 0; j < ds; ++j) {
@@ -80,6 +95,8 @@ struct BlockScratch {
   Scratch student, teacher, projected, grad, u, v, student_sum, partial;
   std::vector<RowTerms> terms;
   std::vector<RowSums> sums;
+  SumScratch products;
+  bool is_alone = false;  // whether products may use all threads
 };
 
 // One task of a projected pair: its rows, block by block. What a block does is `block()`.

@@ -56,13 +56,18 @@ class FloatTask : public BlockTask {
     }
     return r2 * r2 < CORRELATION * r1 * r3;
   }
+  // out = a b, or out += a b; rows of b are contiguous if packed operands are faster.
+  void product(const Matrix& out, const Matrix& a, const Matrix& b, bool is_added = false) {
+    if (scratch_.is_alone || !is_packed_faster(kernels_)) return multiply(out, a, b, is_added);
+    multiply_sum(kernels_, out, a, b, is_added, scratch_.products);
+  }
   const float* x(int64_t row) const { return x_.data + row * x_.row_stride; }
   const float* t(int64_t row) const { return t_.data + row * t_.row_stride; }
 
   void direct_block() {
     const Matrix p = row_major(scratch_.projected.reserve(rows_ * dt_), rows_, dt_);
     float* p_data = scratch_.projected.get();
-    multiply(p, x_, weights_.projection.transposed());
+    product(p, x_, weights_.transposed);
     scratch_.sums.resize(rows_);
     torch::stable::parallel_for(0, rows_, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
@@ -78,12 +83,11 @@ class FloatTask : public BlockTask {
     });
     if (wants_student()) {
       Matrix grad = grad_target();
-      multiply(grad, p, weights_.projection);
+      product(grad, p, weights_.projection);
       write_grad();
     }
     if (wants_projection()) {
-      multiply(
-          row_major(totals_.wide, dt_, ds_), p.transposed(), x_, totals_.is_wide_started);
+      product(row_major(totals_.wide, dt_, ds_), p.transposed(), x_, totals_.is_wide_started);
       totals_.is_wide_started = true;
     }
     if (wants_bias()) {
@@ -106,8 +110,8 @@ class FloatTask : public BlockTask {
         scratch_.sums[row].r3 = kernels_.square(t(row), dt_);
       }
     });
-    multiply(u, t_, weights_.projection);
-    multiply(v, x_, gram.gram);
+    product(u, t_, weights_.projection);
+    product(v, x_, gram.gram);
     torch::stable::parallel_for(0, rows_, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) gram_sums(gram, row, u_data, v_data);
     });
@@ -132,8 +136,10 @@ class FloatTask : public BlockTask {
     });
     if (wants_student()) write_grad();
     if (wants_projection()) {  // dW = W (X^T diag X) + T^T diag X
-      multiply_symmetric(totals_.narrow, x_.transposed(), v, totals_.is_narrow_started);
-      multiply(row_major(totals_.wide, dt_, ds_), t_.transposed(), u, totals_.is_wide_started);
+      multiply_symmetric(
+          totals_.narrow, x_.transposed(), v, totals_.is_narrow_started,
+          [&](const auto&... operands) { product(operands...); });
+      product(row_major(totals_.wide, dt_, ds_), t_.transposed(), u, totals_.is_wide_started);
       sum_rows(ds_, totals_.diagonal, [&](int64_t row, float* sum) {
         kernels_.add_product(x(row), v_data + row * ds_, ds_, sum);
       });

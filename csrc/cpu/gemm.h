@@ -104,16 +104,18 @@ inline void multiply(const Stack& out, const Stack& a, const Stack& b, bool is_a
 }
 
 // The lower triangle of a product known to be symmetric, in strips: two thirds of the time of the
-// whole. `mirror` copies it above the diagonal.
-inline void multiply_symmetric(float* out, const Matrix& a, const Matrix& b, bool is_added = false) {
+// whole. `mirror` copies it above the diagonal. `product` multiplies, as `multiply` does.
+template <class Product>
+void multiply_symmetric(
+    float* out, const Matrix& a, const Matrix& b, bool is_added, const Product& product) {
   constexpr int64_t STRIP = 64;
   const int64_t width = a.rows;
   for (int64_t begin = 0; begin < width; begin += STRIP) {
     const int64_t end = begin + STRIP < width ? begin + STRIP : width;
-    multiply(
+    product(
         row_major<float>(out + begin * width, end - begin, end, width),
-        {a.data + begin * a.row_stride, end - begin, a.columns, a.row_stride, a.column_stride},
-        {b.data, b.rows, end, b.row_stride, b.column_stride}, is_added);
+        Matrix{a.data + begin * a.row_stride, end - begin, a.columns, a.row_stride, a.column_stride},
+        Matrix{b.data, b.rows, end, b.row_stride, b.column_stride}, is_added);
   }
 }
 
