@@ -8,6 +8,7 @@
 #include "attention_kl.h"
 #include "gemm.h"
 #include "memory.h"
+#include "product_sums.h"
 
 namespace fakd {
 
@@ -61,7 +62,7 @@ struct KeyUnit {
 constexpr int64_t ROWS_AHEAD = 12;
 
 struct HeadsScratch {
-  Scratch keys, panels, queries, scores, grad;
+  Scratch keys, panels, columns, queries, query_columns, scores, grad;
 };
 
 // Every unit has equally many query heads. Operands are copied side by side, in float32: products of
@@ -71,7 +72,7 @@ class AttentionHeads {
   AttentionHeads(
       const RowKernels& kernels, const Heads& q, const Heads& k, int64_t batch,
       const Attended& attended, std::vector<KeyUnit> key_units, int64_t block_rows, int64_t stride,
-      HeadsScratch& scratch)
+      bool wants_query_grad, HeadsScratch& scratch)
       : kernels_(kernels), q_(q), batch_(batch), attended_(attended), units_(std::move(key_units)),
         group_(int64_t(units_[0].query_heads.size())), padded_stride_(stride), scratch_(scratch) {
     std::vector<Rows> keys;
@@ -86,6 +87,14 @@ class AttentionHeads {
         kernels.pack_rows(
             scratch.keys.get() + unit * size, width(), attended.count(), width(),
             to + unit * panel_floats());
+      }
+    }
+    if (wants_query_grad && is_packed_faster(kernels)) {
+      const int64_t floats = packed_size(kernels, attended.count(), width());
+      float* to = scratch.columns.reserve(units() * floats);
+      for (int64_t unit = 0; unit < units(); ++unit) {
+        kernels.pack_columns(
+            scratch.keys.get() + unit * size, width(), attended.count(), width(), to + unit * floats);
       }
     }
     for (const KeyUnit& unit : units_) {
@@ -131,12 +140,11 @@ class AttentionHeads {
   void write_query_grad(const Heads& grad) {
     const int64_t first_head = units_[0].query_heads[0];
     if (float* place = dense_rows(grad, first_head, heads(), begin_, rows_)) {
-      multiply(
-          stack_of(place, group_ * rows_, width(), group_ * rows_ * width()), scores(), keys());
+      multiply_by_keys(place);
       return;
     }
     float* product = scratch_.grad.reserve(heads() * rows_ * width());
-    multiply(stack_of(product, group_ * rows_, width(), group_ * rows_ * width()), scores(), keys());
+    multiply_by_keys(product);
     for (int64_t head = 0; head < heads(); ++head) {
       const Rows to = grad.at(batch_, units_[head / group_].query_heads[head % group_]);
       for (int64_t row = 0; row < rows_; ++row, product += width()) {
@@ -160,10 +168,21 @@ class AttentionHeads {
 
   // Likewise the keys' gradients, [units, count, K], or what this block adds to them.
   void add_key_grad(float* grad, bool is_added) {
-    const int64_t size = attended_.count() * width();
-    multiply(
-        stack_of(grad + first_ * width(), last_ - first_, width(), size), scores().transposed(),
-        queries(), is_added);
+    const int64_t size = attended_.count() * width(), rows = group_ * rows_;
+    if (!is_packed_faster(kernels_)) {
+      multiply(
+          stack_of(grad + first_ * width(), last_ - first_, width(), size), scores().transposed(),
+          queries(), is_added);
+      return;
+    }
+    float* panels = scratch_.query_columns.reserve(packed_size(kernels_, rows, width()));
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      kernels_.pack_columns(
+          scratch_.queries.get() + unit * rows * width(), width(), rows, width(), panels);
+      multiply_packed(
+          kernels_, row_major<float>(grad + unit * size + first_ * width(), last_ - first_, width()),
+          scores_of(unit).transposed(), panels, rows * kernels_.panel, is_added);
+    }
   }
 
  private:
@@ -184,6 +203,28 @@ class AttentionHeads {
   Stack scores() const {
     const int64_t rows = group_ * rows_;
     return {row_major(scratch_.scores.get(), rows, last_ - first_, stride_), units(), rows * stride_};
+  }
+
+  Matrix scores_of(int64_t unit) const {
+    const int64_t rows = group_ * rows_;
+    return row_major<float>(
+        scratch_.scores.get() + unit * rows * stride_, rows, last_ - first_, stride_);
+  }
+
+  // out = scores keys, [units, group * rows, K].
+  void multiply_by_keys(float* out) {
+    const int64_t size = group_ * rows_ * width(), count = attended_.count();
+    if (!is_packed_faster(kernels_)) {
+      multiply(stack_of(out, group_ * rows_, width(), size), scores(), keys());
+      return;
+    }
+    const int64_t floats = packed_size(kernels_, count, width());
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      multiply_packed(
+          kernels_, row_major<float>(out + unit * size, group_ * rows_, width()), scores_of(unit),
+          scratch_.columns.get() + unit * floats + first_ * kernels_.panel, count * kernels_.panel,
+          false);
+    }
   }
 
   // Rows of all heads, head after head. Read in the order they have in memory.

@@ -65,13 +65,13 @@ class TaskRun {
     const std::vector<KeyUnit> student_units = units_of_student();
     if (task_.split == 0) clear_uncounted(student_units);
     if (attended_.count() == 0) return;
+    const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
     AttentionHeads student(
         kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, student_units,
-        blocks_.rows, blocks_.stride, scratch_.student);
+        blocks_.rows, blocks_.stride, wants_query, scratch_.student);
     AttentionHeads teacher(
         kernels_, pair_.teacher_q, pair_.teacher_k, task_.batch, attended_,
-        units_of_teacher(student_units), blocks_.rows, blocks_.stride, scratch_.teacher);
-    const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
+        units_of_teacher(student_units), blocks_.rows, blocks_.stride, false, scratch_.teacher);
     const int64_t size = attended_.count() * student.width();
     float* grad_k = task_.grad_k;
     bool is_in_place = false;  // the gradient of the keys is added up where it belongs

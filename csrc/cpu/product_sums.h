@@ -39,15 +39,36 @@ inline bool is_packed_faster(const RowKernels& kernels) {
 #endif
 }
 
-// out = a b, or out += a b, on this thread; rows of b and of out are contiguous.
+// out = a b, or out += a b, on this thread, of rows of a that lie close together and columns of b that
+// are packed.
+inline void multiply_packed(
+    const RowKernels& kernels, const Matrix& out, const Matrix& a, const float* panels,
+    int64_t panel_stride, bool is_added) {
+  for (int64_t k = 0; k < a.columns; k += kernels.sum_depth) {
+    const int64_t count = std::min(kernels.sum_depth, a.columns - k);
+    for (int64_t row = 0; row < a.rows; row += kernels.tile) {
+      kernels.multiply_tile(
+          a.data + row * a.row_stride + k * a.column_stride, a.row_stride, a.column_stride,
+          std::min(kernels.tile, a.rows - row), panels + k * kernels.panel, panel_stride, out.columns,
+          count, is_added || k > 0, const_cast<float*>(out.data) + row * out.row_stride,
+          out.row_stride);
+    }
+  }
+}
+
+// Floats of n rows of packed columns.
+inline int64_t packed_size(const RowKernels& kernels, int64_t n, int64_t columns) {
+  return (columns + kernels.panel - 1) / kernels.panel * kernels.panel * n;
+}
+
+// The same of any a, and of rows of b that are contiguous.
 inline void multiply_sum(
     const RowKernels& kernels, const Matrix& out, const Matrix& a, const Matrix& b, bool is_added,
     SumScratch& scratch) {
   if (!is_packed_faster(kernels)) return multiply_slices(out, a, b, is_added);
   const int64_t depth = std::min(kernels.sum_depth, a.columns);
-  const int64_t width = (b.columns + kernels.panel - 1) / kernels.panel * kernels.panel;
   float* tile = scratch.tile.reserve(kernels.tile * depth);
-  float* panels = scratch.panels.reserve(width * depth);
+  float* panels = scratch.panels.reserve(packed_size(kernels, depth, b.columns));
   for (int64_t k = 0; k < a.columns; k += depth) {
     const int64_t count = std::min(depth, a.columns - k);
     kernels.pack_columns(b.data + k * b.row_stride, b.row_stride, count, b.columns, panels);
@@ -56,8 +77,8 @@ inline void multiply_sum(
       const float* from = a.data + row * a.row_stride + k * a.column_stride;
       kernels.pack_tile(from, a.row_stride, a.column_stride, rows, count, tile);
       kernels.multiply_tile(
-          tile, rows, panels, b.columns, count, is_added || k > 0,
-          const_cast<float*>(out.data) + row * out.row_stride, out.row_stride);
+          tile, 1, kernels.tile, rows, panels, count * kernels.panel, b.columns, count,
+          is_added || k > 0, const_cast<float*>(out.data) + row * out.row_stride, out.row_stride);
     }
   }
 }
