@@ -89,7 +89,7 @@ class AttentionHeads {
             to + unit * panel_floats());
       }
     }
-    if (wants_query_grad && is_packed_faster(kernels)) {
+    if (wants_query_grad && are_products_packed()) {
       const int64_t floats = packed_size(kernels, attended.count(), width());
       float* to = scratch.columns.reserve(units() * floats);
       for (int64_t unit = 0; unit < units(); ++unit) {
@@ -169,7 +169,7 @@ class AttentionHeads {
   // Likewise the keys' gradients, [units, count, K], or what this block adds to them.
   void add_key_grad(float* grad, bool is_added) {
     const int64_t size = attended_.count() * width(), rows = group_ * rows_;
-    if (!is_packed_faster(kernels_)) {
+    if (!are_products_packed()) {
       multiply(
           stack_of(grad + first_ * width(), last_ - first_, width(), size), scores().transposed(),
           queries(), is_added);
@@ -214,7 +214,7 @@ class AttentionHeads {
   // out = scores keys, [units, group * rows, K].
   void multiply_by_keys(float* out) {
     const int64_t size = group_ * rows_ * width(), count = attended_.count();
-    if (!is_packed_faster(kernels_)) {
+    if (!are_products_packed()) {
       multiply(stack_of(out, group_ * rows_, width(), size), scores(), keys());
       return;
     }

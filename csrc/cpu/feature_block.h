@@ -22,7 +22,7 @@ struct Weights {
     const Rows& w = pair.projection;
     projection = fetch(kernels, w, CountedRows(w.rows), 0, w.rows, projection_copy);
     transposed = projection.transposed();
-    if (is_packed_faster(kernels)) transposed = transpose();
+    if (are_products_packed()) transposed = transpose();
     if (pair.bias.data != nullptr) {
       bias = fetch(kernels, pair.bias, CountedRows(1), 0, 1, bias_copy).data;
     }
@@ -105,8 +105,8 @@ class BlockTask {
   BlockTask(
       const FeatureProblem& problem, const FeaturePair& pair, LazyWeights& weights,
       const CountedRows& counted, BlockScratch& scratch, Totals& totals)
-      : kernels_(row_kernels()), problem_(problem), pair_(pair), lazy_weights_(weights), weights_(weights.get()),
-        counted_(counted), scratch_(scratch), totals_(totals),
+      : kernels_(row_kernels()), problem_(problem), pair_(pair), lazy_weights_(weights),
+        weights_(weights.get()), counted_(counted), scratch_(scratch), totals_(totals),
         ds_(pair.student.columns), dt_(pair.teacher.columns) {}
   virtual ~BlockTask() = default;
 

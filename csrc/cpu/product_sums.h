@@ -27,18 +27,6 @@ inline void multiply_slices(const Matrix& out, const Matrix& a, const Matrix& b,
   }
 }
 
-// Whether packed operands are multiplied faster here than by the library: it makes less of the
-// processors of others. dH and dW of 1024 tokens, 32000 x 512, took 506 ms by it and 385 packed (2 cores
-// of an AMD EPYC, 2026-11).
-inline bool is_packed_faster(const RowKernels& kernels) {
-#if defined(__x86_64__)
-  static const bool is_other = !__builtin_cpu_is("intel");
-  return kernels.sum_depth > 0 && is_other;
-#else
-  return kernels.sum_depth > 0;
-#endif
-}
-
 // out = a b, or out += a b, on this thread, of rows of a that lie close together and columns of b that
 // are packed.
 inline void multiply_packed(
@@ -65,7 +53,7 @@ inline int64_t packed_size(const RowKernels& kernels, int64_t n, int64_t columns
 inline void multiply_sum(
     const RowKernels& kernels, const Matrix& out, const Matrix& a, const Matrix& b, bool is_added,
     SumScratch& scratch) {
-  if (!is_packed_faster(kernels)) return multiply_slices(out, a, b, is_added);
+  if (!are_products_packed()) return multiply_slices(out, a, b, is_added);
   const int64_t depth = std::min(kernels.sum_depth, a.columns);
   float* tile = scratch.tile.reserve(kernels.tile * depth);
   float* panels = scratch.panels.reserve(packed_size(kernels, depth, b.columns));

@@ -111,11 +111,39 @@ const RowKernels& choose() {
       "; choose one of " + names + " or unset it.");
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+bool choose_products(const RowKernels& kernels) {
+  const bool are_there = kernels.sum_depth > 0;
+  const char* wanted = std::getenv("FAKD_PRODUCTS");
+  if (wanted == nullptr || *wanted == '\0') return are_there && !is_intel();
+  const bool is_packed = std::strcmp(wanted, "packed") == 0;
+  if (is_packed ? are_there : std::strcmp(wanted, "library") == 0) return is_packed;
+  throw std::runtime_error(
+      "FAKD_PRODUCTS must be library, or packed where the instruction set has them, which " +
+      std::string(kernels.name) + (are_there ? " has" : " has not") + ": got " + wanted +
+      "; choose one or unset it.");
+}
+
+struct Choice {
+  const RowKernels& kernels = choose();
+  bool are_products_packed = choose_products(kernels);
+};
+
+const Choice& choice() {
+  static const Choice made;
+  return made;
+}
+
 }  // namespace
 
-const RowKernels& row_kernels() {
-  static const RowKernels& kernels = choose();
-  return kernels;
-}
+const RowKernels& row_kernels() { return choice().kernels; }
+bool are_products_packed() { return choice().are_products_packed; }
 
 }  // namespace fakd

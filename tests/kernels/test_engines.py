@@ -97,38 +97,54 @@ def test_everything_works_without_the_extension_and_says_so_once():
     subprocess.run([sys.executable, "-c", NO_EXTENSION], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_older_instruction_sets_pass_the_same_rule(isa):
-    """One binary serves every processor: run the cases again as an older one would."""
-    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX2, and nothing to test there")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    names = ["feature_alignment", "attention_kl"]
-    # Without fused multiply-adds powers round once more: 3 of 252 cases of the other ops are up to
-    # 1.5 times above the rule there, on processors from before 2013.
-    if isa != "baseline":
-        names += ["attention_map_kl", "logit_kl", "topk_kl"]
+def _run_cases_again(names: list[str], environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=280"]
     command += [f"tests/kernels/test_{name}.py" for name in names]
     command += ["-k", "value_and_gradients and (cpu-f32 or cpu-bf16)"]
     result = subprocess.run(
-        [*command, "--timeout=280"],
-        env=os.environ | {"FAKD_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=280,
+        command, env=os.environ | environment, capture_output=True, text=True, timeout=280
     )
     assert result.returncode == 0, result.stdout[-4000:]
     assert "passed" in result.stdout
 
 
-def test_unknown_instruction_set_is_refused():
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_older_instruction_sets_pass_the_same_rule(isa):
+    """One binary serves every processor: run the cases again as an older one would."""
+    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX2, and nothing to test there")
+    names = ["feature_alignment", "attention_kl"]
+    # Without fused multiply-adds powers round once more: 3 of 252 cases of the other ops are up to
+    # 1.5 times above the rule there, on processors from before 2013.
+    if isa != "baseline":
+        names += ["attention_map_kl", "logit_kl", "topk_kl"]
+    _run_cases_again(names, {"FAKD_ISA": isa})
+
+
+@pytest.mark.parametrize("products", ["packed", "library"])
+def test_products_of_either_kind_pass_the_same_rule(products):
+    """Which are made depends on the processor: run the cases again with both."""
+    if "avx512dq" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512, and only the library's products")
+    names = ["feature_alignment", "attention_kl", "linear_kl", "topk_kl"]
+    _run_cases_again(names, {"FAKD_PRODUCTS": products})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("FAKD_ISA", "sse9", "FAKD_ISA must be an instruction set of this processor: got sse9"),
+        ("FAKD_PRODUCTS", "mine", "FAKD_PRODUCTS must be library, or packed where"),
+    ],
+)
+def test_unknown_choices_are_refused(name, value, words):
     script = "import torch, fakd_kernels; fakd_kernels.feature_alignment(*torch.ones(2, 3, 4))"
     result = subprocess.run(
         [sys.executable, "-c", script],
-        env=os.environ | {"FAKD_ISA": "sse9"},
+        env=os.environ | {name: value},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert result.returncode != 0
-    assert "FAKD_ISA must be an instruction set of this processor: got sse9" in result.stderr
+    assert words in result.stderr
