@@ -85,7 +85,7 @@ def map_variant(
     pair = maps.Pair(
         student, teacher, None, True, None, teacher_heads, grad if has_grad else None, sums
     )
-    problem = maps.Problem([pair], torch.ones(1), inputs == "scores", 1.0, distance)
+    problem = maps.Problem([pair], torch.ones(1), sums, inputs == "scores", 1.0, distance)
     return maps_variant(Group.of(problem, pair), distance, LINES)
 
 
