@@ -21,14 +21,6 @@ def is_cuda() -> bool:
     return device() == "cuda"
 
 
-def main_dtype() -> str:
-    """What every op is timed in, and its goals are meant for.
-
-    C++ engines compute in float32 whatever they are given; on a card people train in bfloat16.
-    """
-    return "bfloat16" if is_cuda() else "float32"
-
-
 def synchronize() -> None:
     if is_cuda():
         torch.cuda.synchronize()
