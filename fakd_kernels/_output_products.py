@@ -59,8 +59,9 @@ def padded(vocab: int) -> int:
     return -(-vocab // 16) * 16
 
 
-def logits_buffer(tokens: int, vocab: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """[tokens, V] of rows that begin `padded(V)` apart."""
+def logits_buffer(runs: list[slice], vocab: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """[R, V] for the longest of these runs of tokens; rows begin `padded(V)` apart."""
+    tokens = max((run.stop - run.start for run in runs), default=0)
     return like.new_empty((tokens, padded(vocab)), dtype=dtype)[:, :vocab]
 
 
@@ -109,8 +110,7 @@ class ProjectionGradients:
         self.parts = _parts(blocks, head.shape[1] if self._is_kept else 0)
         self.is_begun = False
         if self.is_wanted and self.is_half:
-            tokens = max((part.stop - part.start for part in self.parts), default=0)
-            self.kept = logits_buffer(tokens, len(head), torch.bfloat16, hidden)
+            self.kept = logits_buffer(self.parts, len(head), torch.bfloat16, hidden)
         if self.grad_head is not None:
             self.head_total = self.grad_head if self._is_kept else _float32(self.grad_head)
         if self.grad_bias is not None:

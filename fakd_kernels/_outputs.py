@@ -103,35 +103,15 @@ def lower_rows(
     else:
         tokens = weights.sum(dtype=work)
     kl_factor = kl_weight * (temperature**2 if scale_by_temperature_squared else 1.0)
-    factors = _vector(kl_factor, ce_weight, device, work)
+    factors = _pairs.vector([kl_factor, ce_weight], device, work)
     count = normalizer
     if normalizer is None:
         # Of all tokens, a number: a small classifier feels every operation more.
         count = leading.numel() if weights is None else tokens
-    if isinstance(count, Tensor):
-        inverse = _pairs.inverse([count], like, work)[0]
-    else:
-        inverse = 1.0 / count if count != 0 else 0.0
+    inverse = _pairs.inverse_of(count.to(work) if isinstance(count, Tensor) else count)
     is_alone = not isinstance(kl_weight, Tensor) and labels is None
     only_factor = kl_factor if is_alone else None
     return Rows(labels, weights, factors * inverse, factors, only_factor, inverse, tokens)
-
-
-def _vector(
-    kl_factor: float | Tensor, ce_weight: float | Tensor, device: torch.device, work: torch.dtype
-) -> Tensor:
-    """[2]"""
-    both = kl_factor, ce_weight
-    if not any(isinstance(factor, Tensor) for factor in both):
-        return _pairs.vector([float(factor) for factor in both], device, work)
-    return torch.stack(
-        [
-            factor.to(work)
-            if isinstance(factor, Tensor)
-            else torch.full((), factor, dtype=work, device=device)
-            for factor in both
-        ]
-    )
 
 
 def lower_softcap(name: str, softcap: float | None) -> float:

@@ -104,19 +104,28 @@ def check_normalizer(normalizer: float | Tensor | None, device: torch.device) ->
 def inverse(counts: Sequence[float | Tensor], like: Tensor, work: torch.dtype) -> Tensor:
     """[L]: 1 / count of each pair, 0 where nothing counts, on the device of `like`."""
     if any(isinstance(count, Tensor) for count in counts):
-        tensors = [
-            count.to(work).reshape(())
-            if isinstance(count, Tensor)
-            else like.new_full((), count, dtype=work)
-            for count in counts
-        ]
-        count = torch.stack(tensors)
+        return inverse_of(vector(counts, like.device, work))
+    return vector([inverse_of(count) for count in counts], like.device, work)
+
+
+def inverse_of(count: float | Tensor) -> float | Tensor:
+    """1 / count, 0 where nothing counts."""
+    if isinstance(count, Tensor):
         return torch.where(count == 0, 0, 1 / torch.where(count == 0, 1, count))
-    return vector([1.0 / count if count != 0 else 0.0 for count in counts], like.device, work)
+    return 1.0 / count if count != 0 else 0.0
 
 
-def vector(values: Sequence[float], device: torch.device, work: torch.dtype) -> Tensor:
-    """[L], without a transfer that waits for a GPU."""
+def vector(values: Sequence[float | Tensor], device: torch.device, work: torch.dtype) -> Tensor:
+    """[L] of numbers and tensors [], without a transfer that waits for a GPU."""
+    if any(isinstance(value, Tensor) for value in values):
+        return torch.stack(
+            [
+                value.to(work).reshape(())
+                if isinstance(value, Tensor)
+                else torch.full((), value, dtype=work, device=device)
+                for value in values
+            ]
+        )
     if all(value == values[0] for value in values):
         return torch.full((len(values),), values[0], dtype=work, device=device)
     if device.type != "cuda":

@@ -13,30 +13,35 @@ namespace fakd {
 
 // What every task of a projected pair shares, read only.
 struct Weights {
-  Scratch projection_copy, bias_copy, transposed_copy;
+  Scratch projection_copy, bias_copy;
   Matrix projection{};          // [Dt, Ds] float32
-  Matrix transposed{};          // [Ds, Dt]: its rows are contiguous where packed products want that
   const float* bias = nullptr;  // b [Dt]
 
   Weights(const RowKernels& kernels, const FeaturePair& pair) {
     const Rows& w = pair.projection;
     projection = fetch(kernels, w, CountedRows(w.rows), 0, w.rows, projection_copy);
-    transposed = projection.transposed();
-    if (are_products_packed()) transposed = transpose();
     if (pair.bias.data != nullptr) {
       bias = fetch(kernels, pair.bias, CountedRows(1), 0, 1, bias_copy).data;
     }
   }
+};
 
- private:
-  Matrix transpose() {
-    const int64_t rows = projection.rows, columns = projection.columns;
-    float* out = transposed_copy.reserve(rows * columns);
-    for (int64_t row = 0; row < rows; ++row) {
-      const float* from = projection.data + row * projection.row_stride;
-      for (int64_t column = 0; column < columns; ++column) out[column * rows + row] = from[column];
+// What the direct route needs besides: W^T [Ds, Dt], its rows contiguous where packed products want
+// that.
+struct DirectWeights {
+  Scratch transposed_copy;
+  Matrix transposed{};
+
+  explicit DirectWeights(const Weights& weights) {
+    const Matrix& w = weights.projection;
+    transposed = w.transposed();
+    if (!are_products_packed()) return;
+    float* out = transposed_copy.reserve(w.rows * w.columns);
+    for (int64_t row = 0; row < w.rows; ++row) {
+      const float* from = w.data + row * w.row_stride;
+      for (int64_t column = 0; column < w.columns; ++column) out[column * w.rows + row] = from[column];
     }
-    return row_major(static_cast<const float*>(out), columns, rows);
+    transposed = row_major(static_cast<const float*>(out), w.columns, w.rows);
   }
 };
 
@@ -79,6 +84,10 @@ class LazyWeights {
     std::call_once(once_, [&] { weights_ = std::make_unique<Weights>(row_kernels(), pair_); });
     return *weights_;
   }
+  const DirectWeights& direct() {
+    std::call_once(direct_once_, [&] { direct_ = std::make_unique<DirectWeights>(get()); });
+    return *direct_;
+  }
   const GramWeights& gram() {
     std::call_once(gram_once_, [&] { gram_ = std::make_unique<GramWeights>(get()); });
     return *gram_;
@@ -86,8 +95,9 @@ class LazyWeights {
 
  private:
   const FeaturePair& pair_;
-  std::once_flag once_, gram_once_;
+  std::once_flag once_, direct_once_, gram_once_;
   std::unique_ptr<Weights> weights_;
+  std::unique_ptr<DirectWeights> direct_;
   std::unique_ptr<GramWeights> gram_;
 };
 

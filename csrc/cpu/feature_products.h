@@ -67,7 +67,7 @@ class FloatTask : public BlockTask {
   void direct_block() {
     const Matrix p = row_major(scratch_.projected.reserve(rows_ * dt_), rows_, dt_);
     float* p_data = scratch_.projected.get();
-    product(p, x_, weights_.transposed);
+    product(p, x_, lazy_weights_.direct().transposed);
     scratch_.sums.resize(rows_);
     torch::stable::parallel_for(0, rows_, 16, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {

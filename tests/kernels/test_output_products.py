@@ -61,7 +61,7 @@ def test_half_operands_are_multiplied_as_they_are(
     blocks = [slice(0, 16), slice(16, 32), slice(32, 50)]
     gradients = products.ProjectionGradients(hidden, head, tuple(grads), blocks)
     assert gradients.parts == ([slice(0, 32), slice(32, 50)] if large else blocks)
-    memory = products.logits_buffer(18, 300, F32, hidden)
+    memory = products.logits_buffer(blocks, 300, F32, hidden)
     with _Card() as card:
         for rows in blocks:
             logits = memory[: rows.stop - rows.start]

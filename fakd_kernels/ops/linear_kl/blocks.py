@@ -47,9 +47,8 @@ def blocks_between_products(problem: Problem, blocks: list[slice]) -> Iterator[B
         (problem.grad_hidden, problem.grad_head, problem.grad_bias),
         blocks,
     )
-    tokens = max((rows.stop - rows.start for rows in blocks), default=0)
     student_logits, teacher_logits = (
-        products.logits_buffer(tokens, vocab, torch.float32, hidden) for _ in range(2)
+        products.logits_buffer(blocks, vocab, torch.float32, hidden) for _ in range(2)
     )
     for rows in blocks:
         count = rows.stop - rows.start

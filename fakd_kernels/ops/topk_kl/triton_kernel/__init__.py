@@ -32,8 +32,7 @@ def fill(problem: Problem) -> None:
     gradients = products.ProjectionGradients(
         hidden, head, (problem.grad_hidden, problem.grad_head, problem.grad_bias), blocks
     )
-    tokens = max((rows.stop - rows.start for rows in blocks), default=0)
-    logits = products.logits_buffer(tokens, vocab, torch.float32, hidden)
+    logits = products.logits_buffer(blocks, vocab, torch.float32, hidden)
     with outputs.on_device(hidden.device):
         programs = [count_programs(rows.stop - rows.start, vocab, entries) for rows in blocks]
         slots = outputs.Slots(sum(programs), problem.sums)
