@@ -60,9 +60,13 @@ struct KeyUnit {
 };
 
 constexpr int64_t ROWS_AHEAD = 12;
+constexpr int64_t PANELS_STAGED = 4;
+constexpr int64_t VECTOR = 16;  // floats that products read at a time
+// Keys of a head, in floats, that are read where they lie rather than copied.
+constexpr int64_t LARGE_KEYS = 1 << 16;
 
 struct HeadsScratch {
-  Scratch keys, panels, columns, queries, query_columns, scores, grad;
+  Scratch keys, panels, queries, query_columns, scores, grad;
 };
 
 // Every unit has equally many query heads. Operands are copied side by side, in float32: products of
@@ -75,31 +79,11 @@ class AttentionHeads {
       bool wants_query_grad, HeadsScratch& scratch)
       : kernels_(kernels), q_(q), batch_(batch), attended_(attended), units_(std::move(key_units)),
         group_(int64_t(units_[0].query_heads.size())), padded_stride_(stride), scratch_(scratch) {
-    std::vector<Rows> keys;
-    for (const KeyUnit& unit : units_) keys.push_back(k.at(batch, unit.key_head));
-    // Read in order, asked for ahead of time, and only then turned: cold rows are slow to turn.
-    const int64_t size = attended.count() * width();
-    pack(keys, 0, attended.count(), scratch.keys.reserve(units() * size));
-    if (kernels.panel > 0) {
-      // Once for all blocks, where a library would pack the keys again for each.
-      float* to = scratch.panels.reserve(units() * panel_floats());
-      for (int64_t unit = 0; unit < units(); ++unit) {
-        kernels.pack_rows(
-            scratch.keys.get() + unit * size, width(), attended.count(), width(),
-            to + unit * panel_floats());
-      }
-    }
-    if (wants_query_grad && are_products_packed()) {
-      const int64_t floats = packed_size(kernels, attended.count(), width());
-      float* to = scratch.columns.reserve(units() * floats);
-      for (int64_t unit = 0; unit < units(); ++unit) {
-        kernels.pack_columns(
-            scratch.keys.get() + unit * size, width(), attended.count(), width(), to + unit * floats);
-      }
-    }
     for (const KeyUnit& unit : units_) {
+      key_rows_.push_back(k.at(batch, unit.key_head));
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
+    pack_keys(wants_query_grad);
     scratch.queries.reserve(heads() * block_rows * width());
     scratch.scores.reserve(heads() * block_rows * stride);
   }
@@ -115,7 +99,7 @@ class AttentionHeads {
     // torch multiplies a stack in one call only if the result has no gaps. Without a stack gaps are
     // better: rows a power of two apart meet in few sets of the cache.
     stride_ = units() > 1 ? last - first : padded_stride_;
-    pack(query_rows_, begin, end, scratch_.queries.get());
+    pack(query_rows_, begin, end, rows_ * width(), scratch_.queries.get());
     if (kernels_.panel == 0) {
       multiply(scores(), this->queries(), keys().transposed());
       return;
@@ -179,9 +163,9 @@ class AttentionHeads {
     for (int64_t unit = 0; unit < units(); ++unit) {
       kernels_.pack_columns(
           scratch_.queries.get() + unit * rows * width(), width(), rows, width(), panels);
-      multiply_packed(
+      multiply_by_panels(
           kernels_, row_major<float>(grad + unit * size + first_ * width(), last_ - first_, width()),
-          scores_of(unit).transposed(), panels, rows * kernels_.panel, is_added);
+          scores_of(unit).transposed(), {panels, rows * kernels_.panel, kernels_.panel}, is_added);
     }
   }
 
@@ -213,22 +197,60 @@ class AttentionHeads {
 
   // out = scores keys, [units, group * rows, K].
   void multiply_by_keys(float* out) {
-    const int64_t size = group_ * rows_ * width(), count = attended_.count();
+    const int64_t size = group_ * rows_ * width();
     if (!are_products_packed()) {
       multiply(stack_of(out, group_ * rows_, width(), size), scores(), keys());
       return;
     }
-    const int64_t floats = packed_size(kernels_, count, width());
     for (int64_t unit = 0; unit < units(); ++unit) {
-      multiply_packed(
+      const Matrix keys = keys_of(unit);
+      multiply_by_panels(
           kernels_, row_major<float>(out + unit * size, group_ * rows_, width()), scores_of(unit),
-          scratch_.columns.get() + unit * floats + first_ * kernels_.panel, count * kernels_.panel,
-          false);
+          {keys.data + first_ * keys.row_stride, kernels_.panel, keys.row_stride}, false);
     }
   }
 
-  // Rows of all heads, head after head. Read in the order they have in memory.
-  void pack(const std::vector<Rows>& from, int64_t begin, int64_t end, float* to) const {
+  // Panels of the keys, once for all blocks, where a library would pack them again for each; and the
+  // rows themselves, where products need them and cannot read them where they lie.
+  void pack_keys(bool wants_rows) {
+    const int64_t count = attended_.count();
+    is_copied_ = kernels_.panel == 0 || (wants_rows && !are_keys_readable());
+    const int64_t staged = is_copied_ ? count : std::min(count, PANELS_STAGED * kernels_.panel);
+    // Products read whole vectors: up to one more than there is.
+    float* rows = scratch_.keys.reserve(units() * staged * width() + VECTOR);
+    float* panels = scratch_.panels.reserve(kernels_.panel > 0 ? units() * panel_floats() : 0);
+    for (int64_t begin = 0; begin < count; begin += staged) {
+      const int64_t end = std::min(begin + staged, count);
+      // Read in order, asked for ahead of time, and only then turned: cold rows are slow to turn.
+      pack(key_rows_, begin, end, staged * width(), rows);
+      if (kernels_.panel == 0) continue;
+      for (int64_t unit = 0; unit < units(); ++unit) {
+        kernels_.pack_rows(
+            rows + unit * staged * width(), width(), end - begin, width(),
+            panels + unit * panel_floats() + begin * width());
+      }
+    }
+  }
+  bool are_keys_readable() const {
+    return attended_.count() * width() >= LARGE_KEYS && are_products_packed() &&
+           key_rows_[0].dtype == Dtype::float32 && width() % VECTOR == 0 &&
+           attended_.tokens().is_run(0, attended_.count());
+  }
+  // Of one unit, [count, K].
+  Matrix keys_of(int64_t unit) const {
+    const int64_t count = attended_.count();
+    if (is_copied_) {
+      return row_major<float>(scratch_.keys.get() + unit * count * width(), count, width());
+    }
+    const Rows& rows = key_rows_[unit];
+    const char* address = row_address(rows, attended_.token(0));
+    return row_major(reinterpret_cast<const float*>(address), count, width(), rows.stride);
+  }
+
+  // Rows of all heads, those of a head side by side and heads a stride apart. Read in the order they
+  // have in memory.
+  void pack(
+      const std::vector<Rows>& from, int64_t begin, int64_t end, int64_t stride, float* to) const {
     const int64_t heads = int64_t(from.size()), rows = end - begin;
     const bool is_interleaved =
         heads > 1 && static_cast<char*>(from[1].data) - static_cast<char*>(from[0].data) <
@@ -237,7 +259,7 @@ class AttentionHeads {
     for (int64_t i = 0; i < outer; ++i) {
       for (int64_t j = 0; j < inner; ++j) {
         const int64_t head = is_interleaved ? j : i, row = is_interleaved ? i : j;
-        pack_row(from[head], attended_.token(begin + row), to + (head * rows + row) * width());
+        pack_row(from[head], attended_.token(begin + row), to + head * stride + row * width());
       }
     }
   }
@@ -260,7 +282,8 @@ class AttentionHeads {
   const std::vector<KeyUnit> units_;
   const int64_t group_, padded_stride_;
   HeadsScratch& scratch_;
-  std::vector<Rows> query_rows_;  // of every head
+  std::vector<Rows> key_rows_, query_rows_;  // of every unit, of every head
+  bool is_copied_ = false;                   // the keys, as rows
   int64_t stride_ = 0;
   int64_t begin_ = 0, rows_ = 0, first_ = 0, last_ = 0;
 };

@@ -27,18 +27,23 @@ inline void multiply_slices(const Matrix& out, const Matrix& a, const Matrix& b,
   }
 }
 
-// out = a b, or out += a b, on this thread, of rows of a that lie close together and columns of b that
-// are packed.
-inline void multiply_packed(
-    const RowKernels& kernels, const Matrix& out, const Matrix& a, const float* panels,
-    int64_t panel_stride, bool is_added) {
+// Panels of columns of b: packed, or where they lie in rows of whole vectors.
+struct Panels {
+  const float* data;
+  int64_t stride;      // from a panel to the next
+  int64_t row_stride;  // within a panel
+};
+
+// out = a b, or out += a b, on this thread, of rows of a that lie close together.
+inline void multiply_by_panels(
+    const RowKernels& kernels, const Matrix& out, const Matrix& a, const Panels& b, bool is_added) {
   for (int64_t k = 0; k < a.columns; k += kernels.sum_depth) {
     const int64_t count = std::min(kernels.sum_depth, a.columns - k);
     for (int64_t row = 0; row < a.rows; row += kernels.tile) {
       kernels.multiply_tile(
           a.data + row * a.row_stride + k * a.column_stride, a.row_stride, a.column_stride,
-          std::min(kernels.tile, a.rows - row), panels + k * kernels.panel, panel_stride, out.columns,
-          count, is_added || k > 0, const_cast<float*>(out.data) + row * out.row_stride,
+          std::min(kernels.tile, a.rows - row), b.data + k * b.row_stride, b.stride, b.row_stride,
+          out.columns, count, is_added || k > 0, const_cast<float*>(out.data) + row * out.row_stride,
           out.row_stride);
     }
   }
@@ -65,7 +70,7 @@ inline void multiply_sum(
       const float* from = a.data + row * a.row_stride + k * a.column_stride;
       kernels.pack_tile(from, a.row_stride, a.column_stride, rows, count, tile);
       kernels.multiply_tile(
-          tile, 1, kernels.tile, rows, panels, count * kernels.panel, b.columns, count,
+          tile, 1, kernels.tile, rows, panels, count * kernels.panel, kernels.panel, b.columns, count,
           is_added || k > 0, const_cast<float*>(out.data) + row * out.row_stride, out.row_stride);
     }
   }

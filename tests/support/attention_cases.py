@@ -25,7 +25,7 @@ _GQA = ((2, 33, (4, 2, 16), (4, 1, 24)),)
 CASES = (
     AttentionCase("plain", "unequal widths"),
     AttentionCase("aligned", "sizes of whole blocks", ((1, 128, (2, 2, 32), (2, 2, 64)),)),
-    AttentionCase("blocks", "several blocks of query rows", ((1, 531, (1, 1, 16), (1, 1, 16)),)),
+    AttentionCase("blocks", "several, and many wide keys", ((1, 531, (2, 2, 128), (2, 1, 16)),)),
     AttentionCase("gqa", "grouped keys, other groups in the teacher", _GQA),
     AttentionCase("one-token", "a single key", ((3, 1, (2, 2, 8), (2, 1, 8)),)),
     AttentionCase("one-wide", "heads of width one", ((2, 9, (2, 2, 1), (2, 2, 1)),)),
