@@ -1,6 +1,8 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
+# Tests on all cores, up to 8.
+PARALLEL = -n auto --maxprocesses 8 --dist worksteal
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -48,8 +50,8 @@ demo-lm: $(VENV)/.demo-lm
 # Triton's interpreter must be chosen before Triton is imported, hence a second process.
 # With the models and texts of both demos: the proofs on real weights are tests too.
 test: $(VENV)/.demo $(VENV)/.demo-lm
-	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(wildcard tests/kernels/test_*_triton.py)
+	$(BIN)/python -m pytest $(PARALLEL) tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(wildcard tests/kernels/test_*_triton.py)
 
 # A contender, without its dependencies: they would replace torch.
 $(VENV)/.bench: $(VENV)/.installed
