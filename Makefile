@@ -1,9 +1,9 @@
 # Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
+BIN := $(VENV)/bin
 # Tests on all cores, up to 8.
 PARALLEL = -n auto --maxprocesses 8 --dist worksteal
-BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export PIP_DISABLE_PIP_VERSION_CHECK = 1

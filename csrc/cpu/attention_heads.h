@@ -61,16 +61,16 @@ struct KeyUnit {
 
 constexpr int64_t ROWS_AHEAD = 12;
 constexpr int64_t PANELS_STAGED = 4;
-constexpr int64_t VECTOR = 16;  // floats that products read at a time
 // Keys of a head, in floats, that are read where they lie rather than copied.
 constexpr int64_t LARGE_KEYS = 1 << 16;
 
 struct HeadsScratch {
-  Scratch keys, panels, queries, query_columns, scores, grad;
+  Scratch keys, panels, queries, scores, grad;
 };
 
 // Every unit has equally many query heads. Operands are copied side by side, in float32: products of
-// rows that lie far apart take up to 1.3 times as long.
+// rows that lie far apart take up to 1.3 times as long. Rows have room for a vector behind the last:
+// products read whole vectors.
 class AttentionHeads {
  public:
   AttentionHeads(
@@ -84,7 +84,7 @@ class AttentionHeads {
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
     pack_keys(wants_query_grad);
-    scratch.queries.reserve(heads() * block_rows * width());
+    scratch.queries.reserve(heads() * block_rows * width() + WIDEST_VECTOR);
     scratch.scores.reserve(heads() * block_rows * stride);
   }
 
@@ -159,13 +159,11 @@ class AttentionHeads {
           queries(), is_added);
       return;
     }
-    float* panels = scratch_.query_columns.reserve(packed_size(kernels_, rows, width()));
     for (int64_t unit = 0; unit < units(); ++unit) {
-      kernels_.pack_columns(
-          scratch_.queries.get() + unit * rows * width(), width(), rows, width(), panels);
       multiply_by_panels(
           kernels_, row_major<float>(grad + unit * size + first_ * width(), last_ - first_, width()),
-          scores_of(unit).transposed(), {panels, rows * kernels_.panel, kernels_.panel}, is_added);
+          scores_of(unit).transposed(),
+          {scratch_.queries.get() + unit * rows * width(), kernels_.panel, width()}, is_added);
     }
   }
 
@@ -216,8 +214,7 @@ class AttentionHeads {
     const int64_t count = attended_.count();
     is_copied_ = kernels_.panel == 0 || (wants_rows && !are_keys_readable());
     const int64_t staged = is_copied_ ? count : std::min(count, PANELS_STAGED * kernels_.panel);
-    // Products read whole vectors: up to one more than there is.
-    float* rows = scratch_.keys.reserve(units() * staged * width() + VECTOR);
+    float* rows = scratch_.keys.reserve(units() * staged * width() + WIDEST_VECTOR);
     float* panels = scratch_.panels.reserve(kernels_.panel > 0 ? units() * panel_floats() : 0);
     for (int64_t begin = 0; begin < count; begin += staged) {
       const int64_t end = std::min(begin + staged, count);
@@ -233,7 +230,7 @@ class AttentionHeads {
   }
   bool are_keys_readable() const {
     return attended_.count() * width() >= LARGE_KEYS && are_products_packed() &&
-           key_rows_[0].dtype == Dtype::float32 && width() % VECTOR == 0 &&
+           key_rows_[0].dtype == Dtype::float32 && width() % WIDEST_VECTOR == 0 &&
            attended_.tokens().is_run(0, attended_.count());
   }
   // Of one unit, [count, K].

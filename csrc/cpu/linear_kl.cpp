@@ -25,9 +25,6 @@ constexpr int64_t BLOCK_BYTES = 20 << 20, LEAST_TOKENS = 48;
 // Rows of a head that are multiplied at a time.
 constexpr int64_t SLICE = 512;
 
-// Blocks of whole vectors of tokens, as far as there are so many.
-constexpr int64_t VECTOR = 16;
-
 class LinearRun {
  public:
   explicit LinearRun(const LinearProblem& problem)
@@ -43,7 +40,8 @@ class LinearRun {
                              : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
     const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
     const int64_t even = (count_ + blocks - 1) / blocks;
-    block_ = std::min(most, (even + VECTOR - 1) / VECTOR * VECTOR);
+    // Whole vectors of tokens, as far as there are so many.
+    block_ = std::min(most, (even + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR);
   }
 
   void run() {
