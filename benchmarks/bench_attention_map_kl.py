@@ -1,7 +1,8 @@
 """attention_map_kl against eager, torch.compile and the bare copy.
 
 Value, and gradient of the student's maps of probabilities, as models return them. The limit is
-2 reads and 1 write of the maps, into memory that exists.
+2 reads and 1 write of the maps, into memory that exists; the sum is the same into new memory, where
+gradients have to be.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ from .shapes import MAP_SHAPES, MapShape
 OP = "attention_map_kl"
 SHAPES = MAP_SHAPES
 TIMED = float32_on_cpu()
-RIVALS = ("eager", "compiled", "limit")
+RIVALS = ("eager", "compiled", "limit", "sum")
 
 
 def smaller(shape: MapShape) -> MapShape:
@@ -60,6 +61,10 @@ def limit(shape: MapShape, inputs: tuple) -> Step:
             torch.add(student, teacher, out=out)
 
     return copy
+
+
+def plain_sum(shape: MapShape, inputs: tuple) -> Step:
+    return lambda: [student + teacher for student, teacher in zip(*inputs, strict=True)]
 
 
 def gflop(shape: MapShape) -> float:

@@ -2,8 +2,8 @@
 
 Value and gradients of student and projection, one call over all layer pairs.
 
-The limit without a projection is 2 reads and 1 write of a pair's size, into memory that exists;
-with one it is the three products of the direct route, P = X W^T, dX = P W, dW = P^T X
+The limit without a projection is 2 reads and 1 write of a pair's size, into memory that exists, and
+the sum is the same into new memory, where gradients have to be; with one it is the three products of the direct route, P = X W^T, dX = P W, dW = P^T X
 (6 N Ds Dt FLOPs), likewise into memory that exists.
 """
 
@@ -22,6 +22,10 @@ OP = "feature_alignment"
 SHAPES = FEATURE_SHAPES
 TIMED = tuple(DTYPES)
 RIVALS = ("eager", "compiled", "limit")
+
+
+def rivals_of(shape: FeatureShape) -> tuple[str, ...]:
+    return RIVALS if shape.is_projected else (*RIVALS, "sum")
 
 
 def smaller(shape: FeatureShape) -> FeatureShape:
@@ -82,6 +86,11 @@ def limit(shape: FeatureShape, inputs: tuple) -> Step:
             torch.mm(block.T, x, out=grad)
 
     return products
+
+
+def plain_sum(shape: FeatureShape, inputs: tuple) -> Step:
+    xs, ts, _ = inputs
+    return lambda: [x + t for x, t in zip(xs, ts, strict=True)]
 
 
 def gflop(shape: FeatureShape) -> float:

@@ -6,8 +6,8 @@ is measured in a fresh process per contender.
 
 A bench module declares what is measured: OP, SHAPES, TIMED (dtypes), RIVALS (contenders beside the
 engines, "eager" and "limit" among them), make_inputs(shape, dtype), loss(contender, shape, inputs),
-limit(shape, inputs), gflop(shape), moved_bytes(shape); where it needs to, rivals_of(shape),
-smaller(shape) to check on, limit_factor(shape), and its own make_step and check.
+limit(shape, inputs), gflop(shape), moved_bytes(shape); where it needs to, plain_sum(shape, inputs),
+rivals_of(shape), smaller(shape) to check on, limit_factor(shape), and its own make_step and check.
 """
 
 import functools
@@ -38,7 +38,8 @@ T = TypeVar("T")
 Step = Callable[[], object]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-UNTIMED_MEMORY = ("limit", "not causal", "base")  # bounds, and what another process computes
+BOUNDS = {"limit": "limit", "sum": "plain_sum"}  # contender -> the function that makes its step
+UNTIMED_MEMORY = (*BOUNDS, "not causal", "base")  # bounds, and what another process computes
 # Cold caches: between two timed steps this much is written, more than any card's L2 holds.
 FLUSH_BYTES = 256 << 20
 
@@ -110,9 +111,9 @@ def make_step(bench: ModuleType, contender: str, shape, dtype: str, is_double=Fa
         return bench.make_step(contender, shape, dtype)
     shape = shape_of(bench, shape)
     inputs = bench.make_inputs(shape, DTYPES[dtype])
-    if contender == "limit":
+    if contender in BOUNDS:
         with torch.no_grad():
-            return torch.no_grad()(bench.limit(shape, inputs))
+            return torch.no_grad()(getattr(bench, BOUNDS[contender])(shape, inputs))
     if is_double:
         inputs = tree_map(_double, inputs)
     leaves = [t for t in tree_flatten(inputs)[0] if t is not None and t.requires_grad]
@@ -227,9 +228,7 @@ def time_ms(step: Step) -> float:
 
 def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 5) -> dict:
     """Median, 20th and 80th percentile of each step in ms, run in turn until time is up."""
-    for step in steps.values():
-        time_ms(step)
-        time_ms(step)
+    _settle(steps, 2 * seconds)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
     names = list(steps)
@@ -238,6 +237,22 @@ def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 5) -> 
             samples[name].append(time_ms(steps[name]))
         names = names[1:] + names[:1]
     return {name: _spread(values) for name, values in samples.items()}
+
+
+def _settle(steps: dict[str, Step], seconds: float) -> None:
+    """Warms up: until no step sets a new record by a tenth, three times in a row.
+
+    Beyond what loads and compiles at first, memory has to settle: a virtual machine takes pages
+    back that were free for seconds, and the first to use them again waits for its host. A step that
+    writes 262 MB of new memory took 407 ms, five times in a row, then 34.
+    """
+    deadline = time.perf_counter() + seconds
+    best = {name: min(time_ms(step), time_ms(step)) for name, step in steps.items()}
+    calm = 0
+    while calm < 3 and time.perf_counter() < deadline:
+        times = {name: time_ms(step) for name, step in steps.items()}
+        calm = calm + 1 if all(times[name] > 0.9 * best[name] for name in steps) else 0
+        best = {name: min(best[name], times[name]) for name in steps}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> Table:
 def _ratio(row: Row, first: str, against: str) -> str:
     """How many times faster than a contender; of a limit, how many times its time."""
     speedup = row.ratio(first, against)
-    is_limit = against in ("limit", "not causal")
+    is_limit = against in (*harness.BOUNDS, "not causal")
     text = f"{1 / speedup:.2f}x the time of" if is_limit else f"{speedup:.2f}x as fast as"
     text += f" {against}"
     for goal in row.goals:
