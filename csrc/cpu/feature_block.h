@@ -35,7 +35,7 @@ struct DirectWeights {
   explicit DirectWeights(const Weights& weights) {
     const Matrix& w = weights.projection;
     transposed = w.transposed();
-    if (!are_products_packed()) return;
+    if (!are_feature_products_packed()) return;
     float* out = transposed_copy.reserve(w.rows * w.columns);
     for (int64_t row = 0; row < w.rows; ++row) {
       const float* from = w.data + row * w.row_stride;

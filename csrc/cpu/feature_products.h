@@ -58,7 +58,7 @@ class FloatTask : public BlockTask {
   }
   // out = a b, or out += a b; rows of b are contiguous if packed operands are faster.
   void product(const Matrix& out, const Matrix& a, const Matrix& b, bool is_added = false) {
-    if (scratch_.is_alone || !are_products_packed()) return multiply(out, a, b, is_added);
+    if (scratch_.is_alone || !are_feature_products_packed()) return multiply(out, a, b, is_added);
     multiply_sum(kernels_, out, a, b, is_added, scratch_.products);
   }
   const float* x(int64_t row) const { return x_.data + row * x_.row_stride; }

@@ -119,12 +119,14 @@ bool is_intel() {
 #endif
 }
 
-bool choose_products(const RowKernels& kernels) {
+enum class Products { library, packed, measured };
+
+Products choose_products(const RowKernels& kernels) {
   const bool are_there = kernels.sum_depth > 0;
   const char* wanted = std::getenv("FAKD_PRODUCTS");
-  if (wanted == nullptr || *wanted == '\0') return are_there && !is_intel();
-  const bool is_packed = std::strcmp(wanted, "packed") == 0;
-  if (is_packed ? are_there : std::strcmp(wanted, "library") == 0) return is_packed;
+  if (wanted == nullptr || *wanted == '\0') return are_there ? Products::measured : Products::library;
+  if (std::strcmp(wanted, "library") == 0) return Products::library;
+  if (are_there && std::strcmp(wanted, "packed") == 0) return Products::packed;
   throw std::runtime_error(
       "FAKD_PRODUCTS must be library, or packed where the instruction set has them, which " +
       std::string(kernels.name) + (are_there ? " has" : " has not") + ": got " + wanted +
@@ -133,7 +135,7 @@ bool choose_products(const RowKernels& kernels) {
 
 struct Choice {
   const RowKernels& kernels = choose();
-  bool are_products_packed = choose_products(kernels);
+  Products products = choose_products(kernels);
 };
 
 const Choice& choice() {
@@ -144,6 +146,11 @@ const Choice& choice() {
 }  // namespace
 
 const RowKernels& row_kernels() { return choice().kernels; }
-bool are_products_packed() { return choice().are_products_packed; }
+bool are_products_packed() { return choice().products != Products::library; }
+bool are_feature_products_packed() {
+  static const bool is_library_better = is_intel();
+  return choice().products == Products::packed ||
+         (choice().products == Products::measured && !is_library_better);
+}
 
 }  // namespace fakd
