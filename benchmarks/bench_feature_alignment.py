@@ -3,8 +3,9 @@
 Value and gradients of student and projection, one call over all layer pairs.
 
 The limit without a projection is 2 reads and 1 write of a pair's size, into memory that exists, and
-the sum is the same into new memory, where gradients have to be; with one it is the three products of the direct route, P = X W^T, dX = P W, dW = P^T X
-(6 N Ds Dt FLOPs), likewise into memory that exists.
+the sum is the same into new memory, where gradients have to be; with one it is the three products
+of the direct route, P = X W^T, dX = P W, dW = P^T X (6 N Ds Dt FLOPs), likewise into memory that
+exists.
 """
 
 import dataclasses

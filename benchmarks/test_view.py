@@ -16,6 +16,7 @@ CASES = [
     if is_cuda() or not shape.is_big
 ]
 
+
 @pytest.mark.parametrize("contender", ["fakd", "eager", "limit"])
 @pytest.mark.parametrize(("bench", "shape_name"), CASES)
 def test_step(benchmark, bench, shape_name, contender):

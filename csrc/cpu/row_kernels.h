@@ -68,6 +68,20 @@ struct Powers {
   float most = 0;
 };
 
+// What multiply_tiles takes; strides in elements.
+struct TileProduct {
+  const float* a;
+  int64_t row_stride, k_stride;  // within a tile
+  int64_t tile_stride;           // from a tile to the next
+  int64_t rows;
+  const float* panels;
+  int64_t panel_stride, b_stride;
+  int64_t columns, n;
+  bool is_added;
+  float* out;
+  int64_t out_stride;
+};
+
 struct RowKernels {
   const char* name;  // "avx512" | "avx2" | "neon" | "baseline"
 
@@ -142,17 +156,14 @@ struct RowKernels {
   void (*multiply_panels)(
       const float* panels, int64_t a_rows, int64_t n, const float* b, int64_t b_stride,
       int64_t b_rows, float* out, int64_t out_stride);
-  // out = a b, or out += a b, for up to `tile` rows of a and `sum_depth` of b. b is panels of columns,
-  // packed, with rows of `panel`, or where they lie in rows of whole vectors; a has any strides: packed
-  // as well, they are 1 and `tile`. 0: there are no such functions for this set.
+  // out = a b, or out += a b, for up to `sum_depth` rows of b. 0: there are no such functions for this
+  // set. b is panels of columns, packed, with rows of `panel`, or where they lie in rows of whole vectors;
+  // a is tiles of `tile` rows, anywhere; packed, their strides are 1 and `tile`.
   int64_t tile, sum_depth;
   void (*pack_tile)(
       const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t n, float* out);
   void (*pack_columns)(const float* b, int64_t stride, int64_t n, int64_t columns, float* out);
-  void (*multiply_tile)(
-      const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, const float* panels,
-      int64_t panel_stride, int64_t b_stride, int64_t columns, int64_t n, bool is_added, float* out,
-      int64_t out_stride);
+  void (*multiply_tiles)(const TileProduct& product);
 };
 
 // The best set this processor runs, or the one FAKD_ISA names. Throws if it names another.
