@@ -75,7 +75,7 @@ class Plan:
     """How a case is measured."""
 
     seconds: float = 8.0
-    is_quick: bool = False  # memory of fakd and eager only
+    is_quick: bool = False  # fewer rounds of long steps; memory of fakd and eager only
     base: Path | None = None  # a built checkout of another commit, one more contender
     with_reference: bool = False  # the reference engine, one more contender
 
@@ -174,11 +174,12 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
     steps = {name: make_step(bench, name, shape_name, dtype) for name in names}
     if is_cuda():
         names = [name for name in names if _fits(steps, name)]
+    least = 3 if plan.is_quick else 5
     if plan.base is None:
-        times = interleave(steps, plan.seconds)
+        times = interleave(steps, plan.seconds, least)
     else:
         with base.RemoteStep(plan.base, module, ours[0], shape_name, dtype) as remote:
-            times = interleave(steps | {"base": remote}, plan.seconds)
+            times = interleave(steps | {"base": remote}, plan.seconds, least)
     if "limit" in times and hasattr(bench, "limit_factor"):
         factor = bench.limit_factor(shape)
         times["limit"] = {name: value * factor for name, value in times["limit"].items()}
@@ -228,7 +229,7 @@ def time_ms(step: Step) -> float:
 
 def interleave(steps: dict[str, Step], seconds: float = 8.0, least: int = 5) -> dict:
     """Median, 20th and 80th percentile of each step in ms, run in turn until time is up."""
-    _settle(steps, 2 * seconds)
+    _settle(steps, seconds)
     samples: dict[str, list[float]] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
     names = list(steps)
