@@ -44,7 +44,7 @@ inline void multiply_by_panels(
         {a.data + k * a.column_stride, a.row_stride, a.column_stride, kernels.tile * a.row_stride,
          a.rows, b.data + k * b.row_stride, b.stride, b.row_stride, out.columns,
          std::min(kernels.sum_depth, a.columns - k), is_added || k > 0,
-         const_cast<float*>(out.data), out.row_stride});
+         const_cast<float*>(out.data), out.row_stride, nullptr, 0});
   }
 }
 
@@ -59,23 +59,35 @@ inline void multiply_sum(
     SumScratch& scratch) {
   if (!are_products_packed()) return multiply_slices(out, a, b, is_added);
   const int64_t depth = std::min(kernels.sum_depth, a.columns);
-  float* tiles = scratch.tiles.reserve(SUM_ROWS * depth);
+  const bool is_packed = a.column_stride != 1;
+  float* tiles = scratch.tiles.reserve(is_packed ? SUM_ROWS * depth : 0);
   float* panels = scratch.panels.reserve(packed_size(kernels, depth, b.columns));
   for (int64_t k = 0; k < a.columns; k += depth) {
     const int64_t count = std::min(depth, a.columns - k);
     kernels.pack_columns(b.data + k * b.row_stride, b.row_stride, count, b.columns, panels);
-    for (int64_t first = 0; first < a.rows; first += SUM_ROWS) {
+    const float* next = b.data + (k + count) * b.row_stride;
+    const int64_t blocks = (a.rows + SUM_ROWS - 1) / SUM_ROWS;
+    const bool goes_on = a.columns > depth && b.row_stride == b.columns;
+    const int64_t next_lines = goes_on ? count * b.columns / 16 / blocks : 0;
+    for (int64_t first = 0; first < a.rows; first += SUM_ROWS, next += next_lines * 16) {
       const int64_t rows = std::min(SUM_ROWS, a.rows - first);
-      for (int64_t row = 0; row < rows; row += kernels.tile) {
-        const float* from = a.data + (first + row) * a.row_stride + k * a.column_stride;
+      const float* from = a.data + first * a.row_stride + k * a.column_stride;
+      for (int64_t row = 0; is_packed && row < rows; row += kernels.tile) {
         kernels.pack_tile(
-            from, a.row_stride, a.column_stride, std::min(kernels.tile, rows - row), count,
-            tiles + row * count);
+            from + row * a.row_stride, a.row_stride, a.column_stride,
+            std::min(kernels.tile, rows - row), count, tiles + row * count);
       }
-      kernels.multiply_tiles(
-          {tiles, 1, kernels.tile, kernels.tile * count, rows, panels, count * kernels.panel,
-           kernels.panel, b.columns, count, is_added || k > 0,
-           const_cast<float*>(out.data) + first * out.row_stride, out.row_stride});
+      TileProduct call = {
+          from, a.row_stride, a.column_stride, kernels.tile * a.row_stride, rows, panels,
+          count * kernels.panel, kernels.panel, b.columns, count, is_added || k > 0,
+          const_cast<float*>(out.data) + first * out.row_stride, out.row_stride, next, next_lines};
+      if (is_packed) {
+        call.a = tiles;
+        call.row_stride = 1;
+        call.k_stride = kernels.tile;
+        call.tile_stride = kernels.tile * count;
+      }
+      kernels.multiply_tiles(call);
     }
   }
 }

@@ -80,6 +80,9 @@ struct TileProduct {
   bool is_added;
   float* out;
   int64_t out_stride;
+  // Memory that is needed next, asked for meanwhile: so many lines of 64 bytes.
+  const float* next;
+  int64_t next_lines;
 };
 
 struct RowKernels {
