@@ -34,8 +34,8 @@ TERMS = DistillConfig(alpha=1.0, beta=1.0, gamma=0.5, delta=1.0, temperature=2.0
 _CLASSES = 8
 
 
-def make_model(shape: StepShape, side: int, attention: str, dtype: str) -> PreTrainedModel:
-    """The student (side 0) or the teacher, without dropout."""
+def make_model(shape: StepShape, side: int, dtype: str) -> PreTrainedModel:
+    """The student (side 0) or the teacher, with SDPA and without dropout."""
     options = {"device": device(), "dtype": DTYPES[dtype]}
     sizes = {
         "num_hidden_layers": shape.layers[side],
@@ -43,7 +43,7 @@ def make_model(shape: StepShape, side: int, attention: str, dtype: str) -> PreTr
         "num_attention_heads": shape.heads[side],
         "intermediate_size": shape.intermediate[side],
         "vocab_size": shape.vocabulary,
-        "attn_implementation": attention,
+        "attn_implementation": "sdpa",
     }
     torch.manual_seed(side)
     if shape.key_heads is not None:
@@ -67,11 +67,11 @@ def make_batch(shape: StepShape) -> dict[str, Tensor]:
 class EagerDistiller(nn.Module):
     """The same loss from what the models return."""
 
-    def __init__(self, like: Distiller, student: nn.Module, teacher: nn.Module) -> None:
+    def __init__(self, like: Distiller) -> None:
         super().__init__()
-        student.load_state_dict(like.student.state_dict())
-        teacher.load_state_dict(like.teacher.state_dict())
-        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
+        self.student, self.teacher = like.student, like.teacher.eval()
+        for model in (self.student, self.teacher):
+            model.set_attn_implementation("eager")  # SDPA returns no maps
         self.projections = nn.ModuleList(like.feature.projections)
         self.pairs, self.attention_pairs = like.pairs, like.attention_pairs
 
@@ -113,7 +113,7 @@ class BareStep(nn.Module):
 @functools.cache
 def make_module(contender: str, shape_name: str, dtype: str) -> nn.Module:
     shape = SHAPES[shape_name]
-    models = [make_model(shape, side, "sdpa", dtype) for side in (0, 1)]
+    models = [make_model(shape, side, dtype) for side in (0, 1)]
     if contender == "limit":
         return BareStep(*models)
     torch.manual_seed(2)  # of the projections
@@ -125,8 +125,7 @@ def make_module(contender: str, shape_name: str, dtype: str) -> nn.Module:
     distiller.to(DTYPES[dtype])  # the projections too
     if contender != "eager":
         return distiller.train()
-    models = [make_model(shape, side, "eager", dtype) for side in (0, 1)]
-    return EagerDistiller(distiller, *models)
+    return EagerDistiller(distiller)
 
 
 def make_step(contender: str, shape_name: str, dtype: str) -> Step:

@@ -11,14 +11,11 @@ rivals_of(shape), smaller(shape) to check on, limit_factor(shape), and its own m
 """
 
 import functools
-import gc
 import importlib
-import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +29,9 @@ from fakd_kernels._engines import PREFERENCE, PREFERENCE_OF
 from tests.support.accuracy import assert_accurate
 
 from . import base
-from .device import device, is_cuda, synchronize
+from .device import device, is_cuda
+from .memory import extra_peak_mb
+from .processes import in_fresh_process, in_fresh_processes
 
 T = TypeVar("T")
 Step = Callable[[], object]
@@ -186,12 +185,13 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
     stored = [n for n in names if n not in UNTIMED_MEMORY]
     if plan.is_quick:
         stored = [ours[0], "eager"]
+    peaks = extra_peaks_mb(module, [(name, shape_name, dtype) for name in stored])
     return Row(
         op=bench.OP,
         shape=shape_name,
         dtype=dtype,
         times_ms=times,
-        extra_peak_mb={n: extra_peak_mb(module, n, shape_name, dtype) for n in stored},
+        extra_peak_mb=dict(zip(stored, peaks, strict=True)),
         gflop=bench.gflop(shape),
         moved_mb=bench.moved_bytes(shape, DTYPES[dtype].itemsize) / 1e6,
         goals=list(shape.goals) if dtype == "float32" and not is_cuda() else [],
@@ -247,9 +247,9 @@ def _settle(steps: dict[str, Step], seconds: float) -> None:
     back that were free for seconds, and the first to use them again waits for its host. A step that
     writes 262 MB of new memory took 407 ms, five times in a row, then 34.
     """
-    deadline = time.perf_counter() + seconds
     best = {name: min(time_ms(step), time_ms(step)) for name, step in steps.items()}
     calm = 0
+    deadline = time.perf_counter() + seconds  # from here on: compilers have taken theirs
     while calm < 3 and time.perf_counter() < deadline:
         times = {name: time_ms(step) for name, step in steps.items()}
         calm = calm + 1 if all(times[name] > 0.9 * best[name] for name in steps) else 0
@@ -262,52 +262,10 @@ def _spread(values: list[float]) -> dict[str, float]:
     return {"p20": at(0.2), "median": statistics.median(ordered), "p80": at(0.8)}
 
 
-def in_fresh_process(function: Callable[..., T], *arguments: object) -> T:
-    """The result of a call in a process of its own.
-
-    What ran before in a process changes what its allocator does, and with it the time of
-    everything that stores large intermediates: the same eager step took 157 or 356 ms. For that
-    reason checks, which compute in float64, run apart from what is timed. On a card torch counts
-    memory itself and a kernel's time has no history, while a process takes seconds to reach it:
-    there the call is made here.
-    """
-    if is_cuda():
-        gc.collect()
-        torch.cuda.empty_cache()
-        return function(*arguments)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def extra_peak_mb(module: str, contender: str, shape, dtype: str) -> float:
-    """Peak memory of one step beyond what its inputs hold, measured in a fresh process."""
-    return in_fresh_process(_peak_of_step, module, contender, shape, dtype)
+def extra_peaks_mb(module: str, cases: Sequence[tuple]) -> list[float]:
+    """Peak memory of a step of each (contender, shape, dtype), beyond what its inputs hold."""
+    return in_fresh_processes(_peak_of_step, [(module, *case) for case in cases])
 
 
 def _peak_of_step(module: str, *case) -> float:
-    step = make_step(importlib.import_module(module), *case)
-    step()  # libraries load, threads start, compilers compile
-    if is_cuda():
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    import ctypes
-
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_mb("VmRSS")
-    step()
-    return _status_mb("VmHWM") - before
-
-
-def _status_mb(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError(
-        f"/proc/self/status must hold {name}: peak memory is measured on Linux only."
-    )
+    return extra_peak_mb(make_step(importlib.import_module(module), *case))
