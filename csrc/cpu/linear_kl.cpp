@@ -3,7 +3,8 @@
 // For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
 // gradients 2 R V float32. Every thread has its own part of the vocabulary and works through it in
-// slices that stay in its cache; heads in half precision are widened slice by slice.
+// slices that stay in its cache; heads in half precision are widened slice by slice. A slice of the
+// gradient gives way to the logits of the next block at once, while that of the head is at hand.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -51,9 +52,15 @@ class LinearRun {
       student_.reserve(block_ * vocabulary_);
       if (has_teacher_) teacher_.reserve(block_ * vocabulary_);
     }
+    Block block;
     for (int64_t begin = 0; begin < count_; begin += block_) {
-      run_block(begin, std::min(count_, begin + block_));
+      const Block next = fetch_block(begin, std::min(count_, begin + block_));
+      multiply_student(block, next);
+      if (has_teacher_) multiply_teacher(next);
+      block = next;
+      run_rows(block);
     }
+    if (wants_grad()) multiply_student(block, {});
     write_sums();
     rows_.finish();
   }
@@ -90,53 +97,96 @@ class LinearRun {
     write_row(kernels_, rounded.data(), problem_.grad_bias, 0);
   }
 
-  void run_block(int64_t begin, int64_t end) {
-    const int64_t tokens = end - begin;
-    const Matrix hidden = fetch(
-        kernels_, problem_.student.hidden, rows_.counted(), begin, end, student_hidden_);
-    const Matrix logits = row_major<float>(student_.get(), tokens, vocabulary_);
-    multiply_head(logits, hidden, problem_.student.head);
+  // What one thread has of the vocabulary.
+  struct Part {
+    int64_t index, begin, end;
+  };
+
+  // Tokens in turn, and their hidden states as long as these are needed.
+  struct Block {
+    int64_t begin = 0, end = 0;
+    Matrix student = {}, teacher = {};
+
+    int64_t tokens() const { return end - begin; }
+  };
+
+  Block fetch_block(int64_t begin, int64_t end) {
+    Block block = {begin, end};
+    const auto& places = rows_.counted();
+    Scratch& room = student_hidden_[begin / block_ % 2];  // the other has those of the last block
+    block.student = fetch(kernels_, problem_.student.hidden, places, begin, end, room);
     if (has_teacher_) {
-      const Matrix teacher_hidden = fetch(
-          kernels_, problem_.teacher.hidden, rows_.counted(), begin, end, teacher_hidden_);
-      multiply_head(
-          row_major<float>(teacher_.get(), tokens, vocabulary_), teacher_hidden,
-          problem_.teacher.head);
+      block.teacher = fetch(
+          kernels_, problem_.teacher.hidden, places, begin, end, teacher_hidden_);
     }
-    torch::stable::parallel_for(0, tokens, 1, [&](int64_t first, int64_t last) {
+    return block;
+  }
+
+  Matrix logits(const Scratch& room, const Block& block) const {
+    return row_major<float>(room.get(), block.tokens(), vocabulary_);
+  }
+
+  void run_rows(const Block& block) {
+    torch::stable::parallel_for(0, block.tokens(), 1, [&](int64_t first, int64_t last) {
       OutputScratch scratch;
       const float* biases[2] = {
           bias_of(problem_.student.bias, scratch.student),
           bias_of(problem_.teacher.bias, scratch.teacher)};
       TopRow top(problem_.terms, problem_.top);
       for (int64_t index = first; index < last; ++index) {
-        run_row(rows_.counted()[begin + index], index, biases, scratch, top);
+        run_row(rows_.counted()[block.begin + index], index, biases, scratch, top);
       }
     });
-    if (wants_grad()) multiply_gradients(logits, hidden, begin, end);
   }
 
-  // dW += dS^T H and the like, every thread on entries of its own; dH = dS W in a sum per part.
-  void multiply_gradients(
-      const Matrix& gradient, const Matrix& hidden, int64_t begin, int64_t end) {
-    const int64_t tokens = end - begin, width = hidden.columns;
-    const bool wants_hidden = problem_.grad_hidden.data != nullptr;
-    float* sums = wants_hidden ? grad_hidden_.reserve(parts_ * tokens * width) : nullptr;
+  // The gradients of a block, whose dS is in the place of its logits; then the logits of the next.
+  void multiply_student(const Block& block, const Block& next) {
+    const bool wants_grads = wants_grad() && block.tokens() > 0;
+    const bool wants_hidden = wants_grads && problem_.grad_hidden.data != nullptr;
+    const int64_t size = block.tokens() * block.student.columns;
+    float* sums = wants_hidden ? grad_hidden_.reserve(parts_ * size) : nullptr;
+    const bool is_packed = wants_grads && grad_head_ != nullptr && are_products_packed();
+    const float* columns = is_packed ? pack_sum(kernels_, block.student, columns_) : nullptr;
+    const float* rows = pack(next.student);
     for_slices(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
-      const Matrix columns = columns_of(gradient, first, slice.rows);
-      SumScratch& scratch = sum_scratch_[part.index];
-      if (wants_hidden) {
-        const float* sum = sums + part.index * tokens * width;
-        const Matrix out = row_major(sum, tokens, width);
-        multiply_sum(kernels_, out, columns, slice, first > part.begin, scratch);
+      if (wants_grads) {
+        float* sum = wants_hidden ? sums + part.index * size : nullptr;
+        multiply_gradients(block, columns, slice, first, part, sum);
       }
-      if (grad_head_ != nullptr) {
-        const Matrix out = row_major<float>(grad_head_ + first * width, slice.rows, width);
-        multiply_sum(kernels_, out, columns.transposed(), hidden, begin > 0, scratch);
-      }
-      if (!bias_sums_.empty()) add_bias_grad(columns, first);
+      multiply_head(logits(student_, next), next.student, rows, slice, first);
     });
-    if (wants_hidden) write_hidden_grad(sums, begin, end);
+    if (wants_hidden) write_hidden_grad(sums, block.begin, block.end);
+  }
+
+  void multiply_teacher(const Block& block) {
+    const float* rows = pack(block.teacher);
+    for_slices(problem_.teacher.head, [&](const Matrix& slice, int64_t first, const Part&) {
+      multiply_head(logits(teacher_, block), block.teacher, rows, slice, first);
+    });
+  }
+
+  // dW += dS^T H and the like, every thread on entries of its own; dH = dS W in a sum per part. Of H
+  // also the packed columns, if products are.
+  void multiply_gradients(
+      const Block& block, const float* hidden, const Matrix& slice, int64_t first, const Part& part,
+      float* grad_hidden) {
+    const int64_t width = slice.columns;
+    const Matrix gradient = columns_of(logits(student_, block), first, slice.rows);
+    SumScratch& scratch = sum_scratch_[part.index];
+    if (grad_hidden != nullptr) {
+      const Matrix out = row_major<float>(grad_hidden, block.tokens(), width);
+      multiply_sum(kernels_, out, gradient, slice, first > part.begin, scratch);
+    }
+    if (grad_head_ != nullptr) {
+      const Matrix out = row_major<float>(grad_head_ + first * width, slice.rows, width);
+      const Matrix transposed = gradient.transposed();
+      if (hidden != nullptr) {
+        multiply_sum(kernels_, out, transposed, hidden, block.begin > 0, scratch);
+      } else {
+        multiply_sum(kernels_, out, transposed, block.student, block.begin > 0, scratch);
+      }
+    }
+    if (!bias_sums_.empty()) add_bias_grad(gradient, first);
   }
 
   // In float64: a running sum over all tokens in float32 would lose bits.
@@ -177,22 +227,25 @@ class LinearRun {
     rows_.score(token, row, wants_grad());
   }
 
-  // out = hidden head^T
-  void multiply_head(const Matrix& out, const Matrix& hidden, const Rows& head) {
+  // Hidden states as multiply_rows takes them, where there is such a thing.
+  const float* pack(const Matrix& hidden) {
     const int64_t panel = kernels_.panel;
-    if (panel == 0) {
-      for_slices(head, [&](const Matrix& slice, int64_t first, const Part&) {
-        multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
-      });
-      return;
-    }
+    if (panel == 0 || hidden.rows == 0) return nullptr;
     float* packed = packed_.reserve((hidden.rows + panel - 1) / panel * panel * hidden.columns);
     kernels_.pack_rows(hidden.data, hidden.row_stride, hidden.rows, hidden.columns, packed);
-    for_slices(head, [&](const Matrix& slice, int64_t first, const Part&) {
-      kernels_.multiply_rows(
-          packed, hidden.rows, hidden.columns, slice.data, slice.row_stride, slice.rows,
-          const_cast<float*>(out.data) + first, out.row_stride);
-    });
+    return packed;
+  }
+
+  // out = hidden head^T, for a slice of the head
+  void multiply_head(
+      const Matrix& out, const Matrix& hidden, const float* packed, const Matrix& slice,
+      int64_t first) const {
+    if (packed == nullptr) {
+      return multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
+    }
+    kernels_.multiply_rows(
+        packed, hidden.rows, hidden.columns, slice.data, slice.row_stride, slice.rows,
+        const_cast<float*>(out.data) + first, out.row_stride);
   }
 
   void write_hidden_grad(float* sums, int64_t begin, int64_t end) {
@@ -205,11 +258,6 @@ class LinearRun {
       write_row(kernels_, sums, grad, rows_.counted()[row]);
     }
   }
-
-  // What one thread has of the vocabulary.
-  struct Part {
-    int64_t index, begin, end;
-  };
 
   // All rows of a head, in float32: work(slice, first row, part), the parts side by side.
   template <class Work>
@@ -234,7 +282,7 @@ class LinearRun {
   const int64_t parts_;  // of the vocabulary, one per thread
   const bool has_teacher_;
   int64_t block_ = 0;
-  Scratch student_, teacher_, packed_, student_hidden_, teacher_hidden_, grad_hidden_;
+  Scratch student_, teacher_, packed_, columns_, student_hidden_[2], teacher_hidden_, grad_hidden_;
   Scratch own_grad_head_;
   std::vector<SumScratch> sum_scratch_;  // of each part
   float* grad_head_ = nullptr;

@@ -161,10 +161,10 @@ struct RowKernels {
       int64_t b_rows, float* out, int64_t out_stride);
   // out = a b, or out += a b, for up to `sum_depth` rows of b. 0: there are no such functions for this
   // set. b is panels of columns, packed, with rows of `panel`, or where they lie in rows of whole vectors;
-  // a is tiles of `tile` rows, anywhere; packed, their strides are 1 and `tile`.
+  // a is tiles of `tile` rows, anywhere; packed, from rows that are neighbours, their strides are 1 and
+  // `tile`.
   int64_t tile, sum_depth;
-  void (*pack_tile)(
-      const float* a, int64_t row_stride, int64_t k_stride, int64_t rows, int64_t n, float* out);
+  void (*pack_tiles)(const float* a, int64_t k_stride, int64_t rows, int64_t n, float* out);
   void (*pack_columns)(const float* b, int64_t stride, int64_t n, int64_t columns, float* out);
   void (*multiply_tiles)(const TileProduct& product);
 };
