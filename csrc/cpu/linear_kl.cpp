@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -30,7 +31,8 @@ class LinearRun {
  public:
   explicit LinearRun(const LinearProblem& problem)
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
-        count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary),
+        all_rows_(problem.terms.vocabulary), count_(rows_.counted().count()),
+        vocabulary_(problem.terms.vocabulary),
         parts_(std::min<int64_t>(
             torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE)),
         has_teacher_(problem.teacher.hidden.data != nullptr), sum_scratch_(parts_) {
@@ -160,7 +162,7 @@ class LinearRun {
 
   void multiply_teacher(const Block& block) {
     const float* rows = pack(block.teacher);
-    for_slices(problem_.teacher.head, [&](const Matrix& slice, int64_t first, const Part&) {
+    for_slices_in_turn(problem_.teacher.head, [&](const Matrix& slice, int64_t first) {
       multiply_head(logits(teacher_, block), block.teacher, rows, slice, first);
     });
   }
@@ -262,22 +264,37 @@ class LinearRun {
   // All rows of a head, in float32: work(slice, first row, part), the parts side by side.
   template <class Work>
   void for_slices(const Rows& head, const Work& work) const {
-    const CountedRows all(head.rows);
     torch::stable::parallel_for(0, parts_, 1, [&](int64_t index, int64_t last) {
       Scratch room;
       for (; index < last; ++index) {
         const Part part = {index, head.rows * index / parts_, head.rows * (index + 1) / parts_};
         for (int64_t first = part.begin; first < part.end; first += SLICE) {
-          const int64_t end = std::min(part.end, first + SLICE);
-          work(fetch(kernels_, head, all, first, end, room), first, part);
+          work(slice_of(head, first, std::min(part.end, first + SLICE), room), first, part);
         }
       }
     });
   }
 
+  // The same where no sum depends on who takes a slice: whoever is ready takes the next.
+  template <class Work>
+  void for_slices_in_turn(const Rows& head, const Work& work) const {
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, parts_, 1, [&](int64_t, int64_t) {
+      Scratch room;
+      for (int64_t first; (first = SLICE * next++) < head.rows;) {
+        work(slice_of(head, first, std::min(head.rows, first + SLICE), room), first);
+      }
+    });
+  }
+
+  Matrix slice_of(const Rows& head, int64_t first, int64_t end, Scratch& room) const {
+    return fetch(kernels_, head, all_rows_, first, end, room);
+  }
+
   const RowKernels& kernels_;
   const LinearProblem& problem_;
   const OutputRows rows_;
+  const CountedRows all_rows_;  // of a head
   const int64_t count_, vocabulary_;
   const int64_t parts_;  // of the vocabulary, one per thread
   const bool has_teacher_;
