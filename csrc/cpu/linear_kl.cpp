@@ -2,18 +2,17 @@
 //
 // For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
-// gradients 2 R V float32. Every thread has its own part of the vocabulary and works through it in
-// slices that stay in its cache; heads in half precision are widened slice by slice. A slice of the
-// gradient gives way to the logits of the next block at once, while that of the head is at hand.
+// gradients 2 R V float32. Threads work through the vocabulary in slices that stay in their caches. A
+// slice of the gradient gives way to the logits of the next block at once, while that of the head is at hand.
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <vector>
 
 #include "gemm.h"
+#include "head_slices.h"
 #include "memory.h"
 #include "output_rows.h"
 #include "product_sums.h"
@@ -24,18 +23,13 @@ namespace {
 
 // Tokens per block decide the speed of products: few tokens read both heads too often.
 constexpr int64_t BLOCK_BYTES = 20 << 20, LEAST_TOKENS = 48;
-// Rows of a head that are multiplied at a time.
-constexpr int64_t SLICE = 512;
 
 class LinearRun {
  public:
   explicit LinearRun(const LinearProblem& problem)
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
-        all_rows_(problem.terms.vocabulary), count_(rows_.counted().count()),
-        vocabulary_(problem.terms.vocabulary),
-        parts_(std::min<int64_t>(
-            torch::stable::get_num_threads(), (vocabulary_ + SLICE - 1) / SLICE)),
-        has_teacher_(problem.teacher.hidden.data != nullptr), sum_scratch_(parts_) {
+        count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary), slices_(vocabulary_),
+        has_teacher_(problem.teacher.hidden.data != nullptr), sum_scratch_(slices_.parts()) {
     const int64_t sides = has_teacher_ ? 2 : 1;
     const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
     const int64_t most = problem.block_bytes > 0
@@ -99,11 +93,6 @@ class LinearRun {
     write_row(kernels_, rounded.data(), problem_.grad_bias, 0);
   }
 
-  // What one thread has of the vocabulary.
-  struct Part {
-    int64_t index, begin, end;
-  };
-
   // Tokens in turn, and their hidden states as long as these are needed.
   struct Block {
     int64_t begin = 0, end = 0;
@@ -146,11 +135,11 @@ class LinearRun {
     const bool wants_grads = wants_grad() && block.tokens() > 0;
     const bool wants_hidden = wants_grads && problem_.grad_hidden.data != nullptr;
     const int64_t size = block.tokens() * block.student.columns;
-    float* sums = wants_hidden ? grad_hidden_.reserve(parts_ * size) : nullptr;
+    float* sums = wants_hidden ? grad_hidden_.reserve(slices_.parts() * size) : nullptr;
     const bool is_packed = wants_grads && grad_head_ != nullptr && are_products_packed();
     const float* columns = is_packed ? pack_sum(kernels_, block.student, columns_) : nullptr;
     const float* rows = pack(next.student);
-    for_slices(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
+    slices_.run(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
       if (wants_grads) {
         float* sum = wants_hidden ? sums + part.index * size : nullptr;
         multiply_gradients(block, columns, slice, first, part, sum);
@@ -162,7 +151,7 @@ class LinearRun {
 
   void multiply_teacher(const Block& block) {
     const float* rows = pack(block.teacher);
-    for_slices_in_turn(problem_.teacher.head, [&](const Matrix& slice, int64_t first) {
+    slices_.run_in_turn(problem_.teacher.head, [&](const Matrix& slice, int64_t first) {
       multiply_head(logits(teacher_, block), block.teacher, rows, slice, first);
     });
   }
@@ -253,7 +242,7 @@ class LinearRun {
   void write_hidden_grad(float* sums, int64_t begin, int64_t end) {
     const Rows& grad = problem_.grad_hidden;
     const int64_t size = (end - begin) * grad.columns;
-    for (int64_t part = 1; part < parts_; ++part) {
+    for (int64_t part = 1; part < slices_.parts(); ++part) {
       kernels_.add_scaled(sums + part * size, 1.0f, size, sums);
     }
     for (int64_t row = begin; row < end; ++row, sums += grad.columns) {
@@ -261,42 +250,11 @@ class LinearRun {
     }
   }
 
-  // All rows of a head, in float32: work(slice, first row, part), the parts side by side.
-  template <class Work>
-  void for_slices(const Rows& head, const Work& work) const {
-    torch::stable::parallel_for(0, parts_, 1, [&](int64_t index, int64_t last) {
-      Scratch room;
-      for (; index < last; ++index) {
-        const Part part = {index, head.rows * index / parts_, head.rows * (index + 1) / parts_};
-        for (int64_t first = part.begin; first < part.end; first += SLICE) {
-          work(slice_of(head, first, std::min(part.end, first + SLICE), room), first, part);
-        }
-      }
-    });
-  }
-
-  // The same where no sum depends on who takes a slice: whoever is ready takes the next.
-  template <class Work>
-  void for_slices_in_turn(const Rows& head, const Work& work) const {
-    std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, parts_, 1, [&](int64_t, int64_t) {
-      Scratch room;
-      for (int64_t first; (first = SLICE * next++) < head.rows;) {
-        work(slice_of(head, first, std::min(head.rows, first + SLICE), room), first);
-      }
-    });
-  }
-
-  Matrix slice_of(const Rows& head, int64_t first, int64_t end, Scratch& room) const {
-    return fetch(kernels_, head, all_rows_, first, end, room);
-  }
-
   const RowKernels& kernels_;
   const LinearProblem& problem_;
   const OutputRows rows_;
-  const CountedRows all_rows_;  // of a head
   const int64_t count_, vocabulary_;
-  const int64_t parts_;  // of the vocabulary, one per thread
+  const HeadSlices slices_;
   const bool has_teacher_;
   int64_t block_ = 0;
   Scratch student_, teacher_, packed_, columns_, student_hidden_[2], teacher_hidden_, grad_hidden_;
