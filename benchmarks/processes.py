@@ -14,15 +14,11 @@ from .device import is_cuda
 
 T = TypeVar("T")
 
-# Imported once, by the process that others are forked from: two seconds of each process otherwise,
-# three more where something is compiled. It computes nothing, hence has no threads to lose.
-IMPORTED = ("benchmarks.harness", "benchmarks.bench_train_step", "torch._inductor.compile_fx")
-
 
 @functools.cache
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(IMPORTED))
+    context.set_forkserver_preload(["benchmarks.imported"])
     return context
 
 
