@@ -6,6 +6,8 @@ instruction sets of this processor another three. Nothing is computed: there are
 
 import contextlib
 
+import torch._inductor.compile_fx  # noqa: F401
+
 from . import bench_train_step  # noqa: F401  transformers, too
 
 with contextlib.suppress(ImportError, AttributeError):  # it saves time, and nothing else

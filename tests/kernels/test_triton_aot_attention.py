@@ -82,7 +82,7 @@ def test_tiles_to_be_tuned_fit(capability, place, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_other_distances_weights_and_softcaps(capability, tmp_path):
-    # Each width on an older and on a newer card: both on all took two minutes more.
+    # Each width on an older and on a newer card: the others took a core 80 seconds.
     widths = (64, 64) if capability in (80, 100) else (128, 128)
     for distance, has_weights, softcap in (("jsd", True, 50.0), ("mse", True, None)):
         named = match_variants(

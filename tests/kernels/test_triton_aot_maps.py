@@ -46,7 +46,7 @@ def _needs_cuobjdump():
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_rows_fit_and_move_16_bytes(capability, inputs, heads, tmp_path):
     for distance in DISTANCES:
-        # Long rows are the same code in larger blocks: of one distance, for a minute less.
+        # Long rows are the same code in larger blocks: one distance is enough.
         long_rows = ((4096, "bf16"),) if distance == "kl" else ()
         for tokens, dtypes in ((1024, "bf16"), (1024, "f32"), *long_rows):
             name = f"{inputs}, {heads}, {distance}, {tokens} tokens, {dtypes}"
