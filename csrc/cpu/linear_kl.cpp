@@ -2,8 +2,9 @@
 //
 // For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
-// gradients 2 R V float32. Threads work through the vocabulary in slices that stay in their caches. A
-// slice of the gradient gives way to the logits of the next block at once, while that of the head is at hand.
+// gradients 2 R V float32. Threads work through the vocabulary in slices that stay in their
+// caches. A slice of the gradient gives way to the logits of the next block at once, while that of the
+// head is at hand.
 
 #include <torch/csrc/stable/ops.h>
 
