@@ -162,7 +162,11 @@ def engines_of(module: str, shape_name: str, dtype: str) -> list[str]:
 
 
 def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
-    """A checked, timed case with the peak memory of its contenders; in a process of its own."""
+    """A checked, timed case with the peak memory of its contenders; computed in fresh processes.
+
+    Called in the main process: only there does multiprocessing know its fork server, and a child
+    that needed processes would start another server, seconds each.
+    """
     bench = importlib.import_module(module)
     shape = bench.SHAPES[shape_name]
     ours = engines_of(module, shape_name, dtype)
@@ -170,19 +174,11 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
         ours.append("reference")
     rivals = bench.rivals_of(shape) if hasattr(bench, "rivals_of") else bench.RIVALS
     names = [*ours, *rivals]
-    steps = {name: make_step(bench, name, shape_name, dtype) for name in names}
-    if is_cuda():
-        names = [name for name in names if _fits(steps, name)]
-    least = 3 if plan.is_quick else 5
-    if plan.base is None:
-        times = interleave(steps, plan.seconds, least)
-    else:
-        with base.RemoteStep(plan.base, module, ours[0], shape_name, dtype) as remote:
-            times = interleave(steps | {"base": remote}, plan.seconds, least)
+    times = in_fresh_process(_times_of_steps, names, module, shape_name, dtype, plan)
     if "limit" in times and hasattr(bench, "limit_factor"):
         factor = bench.limit_factor(shape)
         times["limit"] = {name: value * factor for name, value in times["limit"].items()}
-    stored = [n for n in names if n not in UNTIMED_MEMORY]
+    stored = [name for name in times if name not in UNTIMED_MEMORY]
     if plan.is_quick:
         stored = [ours[0], "eager"]
     peaks = extra_peaks_mb(module, [(name, shape_name, dtype) for name in stored])
@@ -198,13 +194,25 @@ def measure(module: str, shape_name: str, dtype: str, plan: Plan) -> Row:
     )
 
 
-def _fits(steps: dict[str, Step], name: str) -> bool:
-    """Whether a contender runs on this card; its step is dropped if not."""
+def _times_of_steps(names: list[str], module: str, shape_name: str, dtype: str, plan: Plan) -> dict:
+    """Of the contenders that fit, and of another commit where the plan names one."""
+    bench = importlib.import_module(module)
+    steps = {name: make_step(bench, name, shape_name, dtype) for name in names}
+    if is_cuda():
+        steps = {name: step for name, step in steps.items() if _fits(name, step)}
+    least = 3 if plan.is_quick else 5
+    if plan.base is None:
+        return interleave(steps, plan.seconds, least)
+    with base.RemoteStep(plan.base, module, names[0], shape_name, dtype) as remote:
+        return interleave(steps | {"base": remote}, plan.seconds, least)
+
+
+def _fits(name: str, step: Step) -> bool:
+    """Whether a contender runs on this card."""
     try:
-        steps[name]()
+        step()
     except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
         sys.stderr.write(f"{name} is left out: {error}\n")
-        del steps[name]
         return False
     return True
 
@@ -247,7 +255,7 @@ def _settle(steps: dict[str, Step], seconds: float) -> None:
     back that were free for seconds, and the first to use them again waits for its host. A step that
     writes 262 MB of new memory took 407 ms, five times in a row, then 34.
     """
-    best = {name: min(time_ms(step), time_ms(step)) for name, step in steps.items()}
+    best = {name: time_ms(step) for name, step in steps.items()}
     calm = 0
     deadline = time.perf_counter() + seconds  # from here on: compilers have taken theirs
     while calm < 3 and time.perf_counter() < deadline:

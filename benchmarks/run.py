@@ -67,7 +67,7 @@ def main() -> None:
             for shape, dtype in cases(op, options):
                 console.print(f"{op}: {shape}, {dtype} ...")
                 module = f"benchmarks.bench_{op}"
-                rows.append(harness.in_fresh_process(harness.measure, module, shape, dtype, plan))
+                rows.append(harness.measure(module, shape, dtype, plan))
                 record.save(rows, path, curves)  # so that a run cut short keeps its figures
     if not options.ops or "attention_kl" in options.ops:
         from .curves import attention_by_length
