@@ -41,6 +41,8 @@ BOUNDS = {"limit": "limit", "sum": "plain_sum"}  # contender -> the function tha
 UNTIMED_MEMORY = (*BOUNDS, "not causal", "base")  # bounds, and what another process computes
 # Cold caches: between two timed steps this much is written, more than any card's L2 holds.
 FLUSH_BYTES = 256 << 20
+# Steps may take this long, or as long as they are timed, to reach their pace.
+SETTLE_SECONDS = 4.0
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ def _settle(steps: dict[str, Step], seconds: float) -> None:
     """
     best = {name: time_ms(step) for name, step in steps.items()}
     calm = 0
-    deadline = time.perf_counter() + seconds  # from here on: compilers have taken theirs
+    # From here on: compilers have taken theirs.
+    deadline = time.perf_counter() + max(seconds, SETTLE_SECONDS)
     while calm < 3 and time.perf_counter() < deadline:
         times = {name: time_ms(step) for name, step in steps.items()}
         calm = calm + 1 if all(times[name] > 0.9 * best[name] for name in steps) else 0

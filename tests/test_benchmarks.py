@@ -66,7 +66,8 @@ def test_every_op_has_a_quick_shape(op):
     assert {"eager", "limit"} <= set(bench.RIVALS)
 
 
-def test_interleave_gives_every_step_its_turns():
+def test_interleave_gives_every_step_its_turns(monkeypatch):
+    monkeypatch.setattr(harness, "SETTLE_SECONDS", 0.0)
     turns = []
     steps = {name: lambda name=name: turns.append(name) for name in "ab"}
     spreads = harness.interleave(steps, seconds=0.0, least=4)
