@@ -3,55 +3,18 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 #include <vector>
 
+#include "attention_blocks.h"
 #include "attention_heads.h"
 #include "attention_kl.h"
 #include "row_kernels.h"
 
 namespace fakd {
 
-// The score blocks of both sides. Most of a private cache of 2 MiB is worth 2 to 5 % where a library
-// packs keys and queries anew for every block; our products take none of its time with less.
-inline int64_t score_bytes() { return are_products_packed() ? 3 << 18 : 5 << 18; }
-constexpr int64_t LEAST_ROWS = 16, MOST_ROWS = 256;  // of a block; fewer make slow products
-
-struct HeadsTask {
-  int64_t pair, batch;
-  int64_t first_unit, units;  // student key heads
-  int64_t split, splits;      // of the query rows
-  double* sums;               // [H] of the pair
-  float* grad_k;              // [units, count, K], where query rows are split
-};
-
 struct TaskScratch {
   HeadsScratch student, teacher;
   Scratch slope, student_map, teacher_map, grad_k;
-};
-
-// How a pair is cut into blocks; depends on its sizes alone.
-struct Blocks {
-  int64_t units;  // student key heads of a task
-  int64_t rows;   // query rows of a block
-  int64_t stride;
-
-  Blocks(const AttentionPair& pair, bool is_mean, int64_t tokens) {
-    const int64_t key_heads = std::max<int64_t>(1, pair.student_k.heads);
-    const int64_t group = pair.student_q.heads / key_heads;
-    stride = (tokens + 31) / 16 * 16;
-    const int64_t row_bytes = stride * int64_t(sizeof(float));
-    const int64_t heads = is_mean ? pair.student_q.heads + pair.teacher_q.heads : 2 * group;
-    const int64_t affordable = score_bytes() / (row_bytes * std::max<int64_t>(1, heads));
-    // Blocks of equal size: a short last one would waste its products.
-    const int64_t most = std::clamp(affordable, LEAST_ROWS, MOST_ROWS);
-    const int64_t count = std::max<int64_t>(1, (tokens + most - 1) / most);
-    rows = ((tokens + count - 1) / count + 7) / 8 * 8;  // whole tiles of products
-    rows = std::max<int64_t>(1, std::min(tokens, rows));
-    const int64_t most_units = std::clamp<int64_t>(affordable / rows, 1, key_heads);
-    const int64_t tasks = (key_heads + most_units - 1) / most_units;
-    units = is_mean ? key_heads : (key_heads + tasks - 1) / tasks;
-  }
 };
 
 class TaskRun {
@@ -63,16 +26,16 @@ class TaskRun {
         blocks_(pair_, is_mean_, attended_.count()) {}
 
   void run() {
-    const std::vector<KeyUnit> student_units = units_of_student();
-    if (task_.split == 0) clear_uncounted(student_units);
+    const std::vector<KeyUnit> units = student_units(pair_, task_);
+    if (task_.split == 0) clear_uncounted(units);
     if (attended_.count() == 0) return;
     const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
     AttentionHeads student(
-        kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, student_units,
+        kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, units,
         blocks_.rows, blocks_.stride, wants_query, scratch_.student);
     AttentionHeads teacher(
         kernels_, pair_.teacher_q, pair_.teacher_k, task_.batch, attended_,
-        units_of_teacher(student_units), blocks_.rows, blocks_.stride, false, scratch_.teacher);
+        teacher_units(pair_, units), blocks_.rows, blocks_.stride, false, scratch_.teacher);
     const int64_t size = attended_.count() * student.width();
     float* grad_k = task_.grad_k;
     bool is_in_place = false;  // the gradient of the keys is added up where it belongs
@@ -111,7 +74,7 @@ class TaskRun {
       is_begun = true;
     }
     if (wants_key && task_.grad_k == nullptr && !is_in_place) {
-      write_key_grad(student_units, grad_k);
+      write_key_grad(units, grad_k);
     }
   }
 
@@ -122,7 +85,7 @@ class TaskRun {
     for (int64_t split = 1; split < task_.splits; ++split) {
       kernels_.add_scaled(others[split].grad_k, 1.0f, size, task_.grad_k);
     }
-    write_key_grad(units_of_student(), task_.grad_k);
+    write_key_grad(student_units(pair_, task_), task_.grad_k);
   }
 
  private:
@@ -137,54 +100,14 @@ class TaskRun {
   Range keys_of(int64_t row, const Block& block) const {
     return {attended_.first_key(row) - block.first, attended_.last_key(row) - block.first};
   }
+  int64_t group() const { return pair_.student_q.heads / pair_.student_k.heads; }
   bool wants_grad() const {
     return pair_.grad_q.data != nullptr || pair_.grad_k.data != nullptr;
   }
 
-  std::vector<KeyUnit> units_of_student() const {
-    const int64_t group = pair_.student_q.heads / pair_.student_k.heads;
-    std::vector<KeyUnit> units(task_.units);
-    for (int64_t unit = 0; unit < task_.units; ++unit) {
-      units[unit].key_head = task_.first_unit + unit;
-      units[unit].query_heads.resize(group);
-      std::iota(
-          units[unit].query_heads.begin(), units[unit].query_heads.end(),
-          units[unit].key_head * group);
-    }
-    return units;
-  }
-
-  // All heads, or those that the student's are compared with, in the student's order: as many units
-  // as the student's where the heads of each unit share a key head here too, else one for every head.
-  std::vector<KeyUnit> units_of_teacher(const std::vector<KeyUnit>& student_units) const {
-    const int64_t group = pair_.teacher_q.heads / pair_.teacher_k.heads;
-    std::vector<KeyUnit> whole, single;
-    if (is_mean_) {
-      for (int64_t key_head = 0; key_head < pair_.teacher_k.heads; ++key_head) {
-        whole.push_back({key_head, std::vector<int64_t>(group)});
-        std::iota(
-            whole.back().query_heads.begin(), whole.back().query_heads.end(), key_head * group);
-      }
-      return whole;
-    }
-    bool is_shared = true;
-    for (const KeyUnit& unit : student_units) {
-      whole.push_back({-1, {}});
-      for (int64_t head : unit.query_heads) {
-        const int64_t teacher_head = pair_.teacher_heads[head];
-        single.push_back({teacher_head / group, {teacher_head}});
-        KeyUnit& last = whole.back();
-        is_shared = is_shared && (last.key_head < 0 || last.key_head == teacher_head / group);
-        last.key_head = teacher_head / group;
-        last.query_heads.push_back(teacher_head);
-      }
-    }
-    return is_shared ? whole : single;
-  }
-
   void match_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
     float* slope = pair_.student.softcap > 0 ? scratch_.slope.reserve(blocks_.stride) : nullptr;
-    const int64_t first_head = task_.first_unit * (pair_.student_q.heads / pair_.student_k.heads);
+    const int64_t first_head = task_.first_unit * group();
     for (int64_t row = block.begin; row < block.end; ++row) {
       const Range keys = keys_of(row, block);
       const double weight = attended_.weight(row);
