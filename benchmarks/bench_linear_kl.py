@@ -16,12 +16,12 @@ from fakd_kernels import linear_kl
 
 from .bench_logit_kl import eager as kl_of_logits
 from .device import device
-from .harness import Step, compiled, float32_on_cpu
+from .harness import DTYPES, Step, compiled
 from .shapes import LINEAR_SHAPES, OutputShape
 
 OP = "linear_kl"
 SHAPES = LINEAR_SHAPES
-TIMED = float32_on_cpu()
+TIMED = tuple(DTYPES)
 RIVALS = ("eager", "compiled", "liger", "limit")
 
 

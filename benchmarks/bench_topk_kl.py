@@ -12,12 +12,12 @@ import torch
 from fakd_kernels import topk_kl
 
 from .device import device
-from .harness import Step, compiled, float32_on_cpu
+from .harness import DTYPES, Step, compiled
 from .shapes import TOPK_SHAPES, TopShape
 
 OP = "topk_kl"
 SHAPES = TOPK_SHAPES
-TIMED = float32_on_cpu()
+TIMED = tuple(DTYPES)
 RIVALS = ("eager", "compiled", "limit")
 
 

@@ -55,7 +55,7 @@ def cuda_absent() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set the C++ kernels run on: avx512, avx2, neon or baseline."""
+    """The instruction set of the C++ kernels: avx512 (with matrix tiles), avx2, neon, baseline."""
     return torch.ops.fakd_ext.isa()
 
 

@@ -21,7 +21,34 @@ struct Part {
   int64_t index, begin, end;
 };
 
-// Slices are handed out in float32: heads in half precision are widened one by one.
+// Some rows of a head, widened to float32 where somebody asks for that.
+class HeadSlice {
+ public:
+  HeadSlice(
+      const RowKernels& kernels, const Rows& head, const CountedRows& rows, int64_t first, int64_t end,
+      Scratch& room)
+      : kernels_(kernels), head_(head), rows_(rows), first_(first), end_(end), room_(room) {}
+
+  int64_t rows() const { return end_ - first_; }
+  const Matrix& wide() const {
+    if (wide_.data == nullptr) wide_ = fetch(kernels_, head_, rows_, first_, end_, room_);
+    return wide_;
+  }
+  // Of a head in bfloat16.
+  BfloatMatrix bits() const {
+    const auto* data = reinterpret_cast<const uint16_t*>(row_address(head_, first_));
+    return row_major(data, rows(), head_.columns, head_.stride);
+  }
+
+ private:
+  const RowKernels& kernels_;
+  const Rows& head_;
+  const CountedRows& rows_;
+  const int64_t first_, end_;
+  Scratch& room_;
+  mutable Matrix wide_ = {};
+};
+
 class HeadSlices {
  public:
   explicit HeadSlices(int64_t vocabulary)
@@ -57,8 +84,8 @@ class HeadSlices {
   }
 
  private:
-  Matrix slice(const Rows& head, int64_t first, int64_t end, Scratch& room) const {
-    return fetch(kernels_, head, rows_, first, end, room);
+  HeadSlice slice(const Rows& head, int64_t first, int64_t end, Scratch& room) const {
+    return {kernels_, head, rows_, first, end, room};
   }
 
   const RowKernels& kernels_;

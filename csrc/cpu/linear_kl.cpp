@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "gemm.h"
+#include "head_products.h"
 #include "head_slices.h"
 #include "memory.h"
 #include "output_rows.h"
-#include "product_sums.h"
 #include "top_rows.h"
 
 namespace fakd {
@@ -30,16 +30,18 @@ class LinearRun {
   explicit LinearRun(const LinearProblem& problem)
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
         count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary), slices_(vocabulary_),
-        has_teacher_(problem.teacher.hidden.data != nullptr), sum_scratch_(slices_.parts()) {
+        has_teacher_(problem.teacher.hidden.data != nullptr), student_products_(problem.student),
+        teacher_products_(problem.teacher), scratch_(slices_.parts()) {
     const int64_t sides = has_teacher_ ? 2 : 1;
     const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
-    const int64_t most = problem.block_bytes > 0
-                             ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
-                             : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
+    const int64_t unit = student_products_.token_unit();
+    int64_t most = problem.block_bytes > 0 ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
+                                           : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
+    if (problem.block_bytes <= 0 && unit == TILE_DEPTH) most = (most + unit - 1) / unit * unit;
     const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
     const int64_t even = (count_ + blocks - 1) / blocks;
-    // Whole vectors of tokens, as far as there are so many.
-    block_ = std::min(most, (even + WIDEST_VECTOR - 1) / WIDEST_VECTOR * WIDEST_VECTOR);
+    // Whole units of tokens, as far as there are so many.
+    block_ = std::min(most, (even + unit - 1) / unit * unit);
   }
 
   void run() {
@@ -137,47 +139,35 @@ class LinearRun {
     const bool wants_hidden = wants_grads && problem_.grad_hidden.data != nullptr;
     const int64_t size = block.tokens() * block.student.columns;
     float* sums = wants_hidden ? grad_hidden_.reserve(slices_.parts() * size) : nullptr;
-    const bool is_packed = wants_grads && grad_head_ != nullptr && are_products_packed();
-    const float* columns = is_packed ? pack_sum(kernels_, block.student, columns_) : nullptr;
-    const float* rows = pack(next.student);
-    slices_.run(problem_.student.head, [&](const Matrix& slice, int64_t first, const Part& part) {
+    if (wants_grads && grad_head_ != nullptr) student_products_.take_for_sums(block.student);
+    student_products_.take_for_logits(next.student);
+    slices_.run(problem_.student.head, [&](const HeadSlice& slice, int64_t first, const Part& part) {
       if (wants_grads) {
         float* sum = wants_hidden ? sums + part.index * size : nullptr;
-        multiply_gradients(block, columns, slice, first, part, sum);
+        multiply_gradients(block, slice, first, part, sum);
       }
-      multiply_head(logits(student_, next), next.student, rows, slice, first);
+      student_products_.multiply_logits(columns_of(logits(student_, next), first, slice.rows()), slice);
     });
     if (wants_hidden) write_hidden_grad(sums, block.begin, block.end);
   }
 
   void multiply_teacher(const Block& block) {
-    const float* rows = pack(block.teacher);
-    slices_.run_in_turn(problem_.teacher.head, [&](const Matrix& slice, int64_t first) {
-      multiply_head(logits(teacher_, block), block.teacher, rows, slice, first);
+    teacher_products_.take_for_logits(block.teacher);
+    slices_.run_in_turn(problem_.teacher.head, [&](const HeadSlice& slice, int64_t first) {
+      teacher_products_.multiply_logits(columns_of(logits(teacher_, block), first, slice.rows()), slice);
     });
   }
 
-  // dW += dS^T H and the like, every thread on entries of its own; dH = dS W in a sum per part. Of H
-  // also the packed columns, if products are.
+  // dW += dS^T H and the like, every thread on entries of its own; dH = dS W in a sum per part.
   void multiply_gradients(
-      const Block& block, const float* hidden, const Matrix& slice, int64_t first, const Part& part,
+      const Block& block, const HeadSlice& slice, int64_t first, const Part& part,
       float* grad_hidden) {
-    const int64_t width = slice.columns;
-    const Matrix gradient = columns_of(logits(student_, block), first, slice.rows);
-    SumScratch& scratch = sum_scratch_[part.index];
-    if (grad_hidden != nullptr) {
-      const Matrix out = row_major<float>(grad_hidden, block.tokens(), width);
-      multiply_sum(kernels_, out, gradient, slice, first > part.begin, scratch);
-    }
-    if (grad_head_ != nullptr) {
-      const Matrix out = row_major<float>(grad_head_ + first * width, slice.rows, width);
-      const Matrix transposed = gradient.transposed();
-      if (hidden != nullptr) {
-        multiply_sum(kernels_, out, transposed, hidden, block.begin > 0, scratch);
-      } else {
-        multiply_sum(kernels_, out, transposed, block.student, block.begin > 0, scratch);
-      }
-    }
+    const int64_t width = problem_.student.head.columns;
+    const Matrix gradient = columns_of(logits(student_, block), first, slice.rows());
+    float* grad_head = grad_head_ == nullptr ? nullptr : grad_head_ + first * width;
+    student_products_.multiply_gradients(
+        gradient, slice, row_major<float>(grad_hidden, block.tokens(), width), first > part.begin,
+        row_major<float>(grad_head, slice.rows(), width), block.begin > 0, scratch_[part.index]);
     if (!bias_sums_.empty()) add_bias_grad(gradient, first);
   }
 
@@ -219,27 +209,6 @@ class LinearRun {
     rows_.score(token, row, wants_grad());
   }
 
-  // Hidden states as multiply_rows takes them, where there is such a thing.
-  const float* pack(const Matrix& hidden) {
-    const int64_t panel = kernels_.panel;
-    if (panel == 0 || hidden.rows == 0) return nullptr;
-    float* packed = packed_.reserve((hidden.rows + panel - 1) / panel * panel * hidden.columns);
-    kernels_.pack_rows(hidden.data, hidden.row_stride, hidden.rows, hidden.columns, packed);
-    return packed;
-  }
-
-  // out = hidden head^T, for a slice of the head
-  void multiply_head(
-      const Matrix& out, const Matrix& hidden, const float* packed, const Matrix& slice,
-      int64_t first) const {
-    if (packed == nullptr) {
-      return multiply(columns_of(out, first, slice.rows), hidden, slice.transposed());
-    }
-    kernels_.multiply_rows(
-        packed, hidden.rows, hidden.columns, slice.data, slice.row_stride, slice.rows,
-        const_cast<float*>(out.data) + first, out.row_stride);
-  }
-
   void write_hidden_grad(float* sums, int64_t begin, int64_t end) {
     const Rows& grad = problem_.grad_hidden;
     const int64_t size = (end - begin) * grad.columns;
@@ -258,9 +227,10 @@ class LinearRun {
   const HeadSlices slices_;
   const bool has_teacher_;
   int64_t block_ = 0;
-  Scratch student_, teacher_, packed_, columns_, student_hidden_[2], teacher_hidden_, grad_hidden_;
+  HeadProducts student_products_, teacher_products_;
+  Scratch student_, teacher_, student_hidden_[2], teacher_hidden_, grad_hidden_;
   Scratch own_grad_head_;
-  std::vector<SumScratch> sum_scratch_;  // of each part
+  std::vector<HeadScratch> scratch_;  // of each part
   float* grad_head_ = nullptr;
   std::vector<double> bias_sums_;
 };

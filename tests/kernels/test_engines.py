@@ -123,6 +123,13 @@ def test_older_instruction_sets_pass_the_same_rule(isa):
     _run_cases_again(names, {"FAKD_ISA": isa})
 
 
+def test_matrix_tiles_are_used_where_the_processor_has_them():
+    """Else what follows, and every case in bfloat16, would silently test something else."""
+    if not {"amx_bf16", "avx512dq"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this processor has no matrix tiles")
+    assert "avx512 with matrix tiles" in fakd_kernels.engines()["cpu"].reason
+
+
 @pytest.mark.parametrize("products", ["packed", "library"])
 def test_products_of_either_kind_pass_the_same_rule(products):
     """Which are made depends on the processor: run the cases again with both."""
@@ -130,6 +137,8 @@ def test_products_of_either_kind_pass_the_same_rule(products):
         pytest.skip("this processor has no AVX-512, and only the library's products")
     names = ["feature_alignment", "attention_kl", "linear_kl"]
     _run_cases_again(names, {"FAKD_PRODUCTS": products}, "cpu-f32")
+    if products == "library":  # without matrix tiles, which come with packed products
+        _run_cases_again(["linear_kl", "topk_kl"], {"FAKD_PRODUCTS": products}, "cpu-bf16")
 
 
 @pytest.mark.parametrize(

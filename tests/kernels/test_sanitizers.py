@@ -44,7 +44,7 @@ for cases, make in (
     (output_cases.TOPK_CASES, output_cases.make_topk),
 ):
     for case in cases:
-        for dtypes in ("f32", "mixed"):
+        for dtypes in ("f32", "mixed", "bf16"):
             inputs = make(case, dtypes)
             loss = inputs.call(engine="cpu").loss
             torch.autograd.grad(loss, list(inputs.leaves.values()))

@@ -1,0 +1,51 @@
+// Products of bfloat16 matrices into float32, on processors with matrix tiles (AMX-BF16): products
+// are exact and summed in float32, so logits are never rounded.
+#pragma once
+
+#include <cstdint>
+
+#include "gemm.h"
+#include "memory.h"
+
+namespace fakd {
+
+constexpr int64_t TILE = 16;        // rows and columns of a result
+constexpr int64_t TILE_DEPTH = 32;  // products that one instruction sums
+
+// Whether this processor has matrix tiles, the system lets this process use them, and neither FAKD_ISA
+// nor FAKD_PRODUCTS says otherwise.
+bool are_products_tiled();
+
+// Rows of 16 columns each as tiles want them of their right operand: pairs of rows side by side, zeros
+// behind the last row and column.
+struct Pairs {
+  const uint16_t* data;
+  int64_t rows, columns;
+
+  int64_t depths() const { return (rows + TILE_DEPTH - 1) / TILE_DEPTH; }
+  const uint16_t* tile(int64_t column) const {
+    return data + column / TILE * depths() * TILE * TILE_DEPTH;
+  }
+};
+
+Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room);
+// Of the transpose.
+Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room);
+
+// Float32 as a sum of two bfloat16, good to 16 bits; zeros stand behind the last row and column, to
+// whole depths.
+struct SplitRows {
+  BfloatMatrix high = {};
+  int64_t low = 0;  // elements from the high part of a row to its low part; 0: there is none
+};
+
+SplitRows split_rows(const Matrix& from, Scratch& room);
+// The transpose of a part of such rows, as rows that end alike.
+BfloatMatrix transpose_rows(const BfloatMatrix& from, Scratch& room);
+
+// out = a b, or out += a b.
+void multiply_split(const Matrix& out, const SplitRows& a, const Pairs& b, bool is_added);
+// out = (a b)^T, of rows of a where they lie.
+void multiply_head_rows(const Matrix& out, const BfloatMatrix& a, const Pairs& b);
+
+}  // namespace fakd
