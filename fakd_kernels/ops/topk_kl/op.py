@@ -119,8 +119,8 @@ def topk_kl(
     Numerics:
         Logits, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of
         their tensor; those of float16 tensors stay in float32 until backward. Stored probabilities
-        are normalised over what is compared, so rounded ones do no harm. On a GPU the gradient of
-        logits is in bfloat16 where all tensors of the student are, see `linear_kl`. Under autocast,
+        are normalised over what is compared, so rounded ones do no harm. The gradient of logits is
+        rounded where all tensors of the student are in bfloat16, as in `linear_kl`. Under autocast,
         states, head and bias are cast as `F.linear` casts them. Deterministic, but for the
         reference engine on a GPU.
 
