@@ -20,7 +20,7 @@ help:
 	@echo "make demo-lm   distil a language model of fewer layers (8 minutes)"
 	@echo "make test      every test that needs no GPU (20 minutes)"
 	@echo "make bench     a quick benchmark with drawings (4 minutes)"
-	@echo "make bench-all the benchmark tables (21 minutes)"
+	@echo "make bench-all the benchmark tables (18 minutes)"
 	@echo "make bench-gpu on a card: tests of its engines, tuning, the benchmark tables"
 	@echo "make lint      ruff, as the tests run it"
 
