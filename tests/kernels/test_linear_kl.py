@@ -9,20 +9,20 @@ from fakd_kernels.ops.linear_kl import linear_kl_reference
 from fakd_kernels.ops.linear_kl.arguments import lower
 from tests.support.output_cases import (
     BF16,
-    DENSE_CASES,
     DISTANCES,
     DTYPES,
+    LINEAR_CASES,
     OutputCase,
     make_linear,
 )
 from tests.support.output_checks import ENGINES, check, check_learned_weights, results
 
-CASES = {case.id: case for case in DENSE_CASES}
+CASES = {case.id: case for case in LINEAR_CASES}
 ALL = DISTANCES["f32"]
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 
 
-@pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.id)
 @pytest.mark.parametrize(
     ("engine", "dtypes"), [(engine, dtypes) for engine in ENGINES for dtypes in DTYPES]
 )

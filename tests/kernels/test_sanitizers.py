@@ -39,7 +39,7 @@ for case in CASES:
             count += 1
 from tests.support import output_cases
 for cases, make in (
-    (output_cases.DENSE_CASES, output_cases.make_linear),
+    (output_cases.LINEAR_CASES, output_cases.make_linear),
     (output_cases.DENSE_CASES, output_cases.make_logits),
     (output_cases.TOPK_CASES, output_cases.make_topk),
 ):

@@ -81,7 +81,6 @@ _COMMON = (
 _CAPPED = {"student_softcap": 5.0, "temperature": 1.7}
 DENSE_CASES = (
     *_COMMON,
-    OutputCase("deep", "several tiles of products, cut short", (85,), (555, 555), (70, 45)),
     OutputCase("vocab-1", "a vocabulary of one: loss 0", vocab=(1, 1), labels="all", options=_CE),
     OutputCase("vocab-2", "a vocabulary of two", vocab=(2, 2), labels="all", options=_CE),
     OutputCase("warm", "temperature, labels at 1", labels="all", options={"temperature": 3, **_CE}),
@@ -108,6 +107,10 @@ DENSE_CASES = (
         options={"vocab": "prefix", **_CE},
     ),
     OutputCase("prefix-teacher", "a padded teacher", vocab=(53, 61), options={"vocab": "prefix"}),
+)
+LINEAR_CASES = (
+    *DENSE_CASES,
+    OutputCase("deep", "several tiles of products, cut short", (85,), (555, 555), (70, 45)),
 )
 _GHOST = {"ghost": True}
 TOPK_CASES = (
