@@ -49,7 +49,7 @@ struct Blocks {
 };
 
 inline std::vector<KeyUnit> student_units(const AttentionPair& pair, const HeadsTask& task) {
-  const int64_t group = pair.student_q.heads / pair.student_k.heads;
+  const int64_t group = pair.group();
   std::vector<KeyUnit> units(task.units);
   for (int64_t unit = 0; unit < task.units; ++unit) {
     units[unit].key_head = task.first_unit + unit;

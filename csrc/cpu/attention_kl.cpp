@@ -73,7 +73,7 @@ void attention_kl(const AttentionProblem& problem) {
       task.grad_k = partial[index].reserve(task.units * tokens * width);
     }
     cost[index] = double(tokens) * tokens * (3 * width + pair.teacher_q.width) * task.units *
-                  (pair.student_q.heads / pair.student_k.heads) / task.splits;
+                  pair.group() / task.splits;
     order[index] = index;
   }
   for (const AttentionPair& pair : problem.pairs) {

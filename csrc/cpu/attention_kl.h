@@ -32,6 +32,8 @@ struct AttentionPair {
   int64_t window = -1;  // -1: none
   double coefficient = 0;
   float* sums = nullptr;  // [H], or [1] where heads are averaged
+
+  int64_t group() const { return student_q.heads / student_k.heads; }  // query heads of a key head
 };
 
 struct AttentionProblem {

@@ -100,14 +100,13 @@ class TaskRun {
   Range keys_of(int64_t row, const Block& block) const {
     return {attended_.first_key(row) - block.first, attended_.last_key(row) - block.first};
   }
-  int64_t group() const { return pair_.student_q.heads / pair_.student_k.heads; }
   bool wants_grad() const {
     return pair_.grad_q.data != nullptr || pair_.grad_k.data != nullptr;
   }
 
   void match_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
     float* slope = pair_.student.softcap > 0 ? scratch_.slope.reserve(blocks_.stride) : nullptr;
-    const int64_t first_head = task_.first_unit * group();
+    const int64_t first_head = task_.first_unit * pair_.group();
     for (int64_t row = block.begin; row < block.end; ++row) {
       const Range keys = keys_of(row, block);
       const double weight = attended_.weight(row);

@@ -24,6 +24,12 @@ struct MatrixOf {
   int64_t rows, columns, row_stride, column_stride;
 
   MatrixOf transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  MatrixOf some_rows(int64_t first, int64_t count) const {
+    return {data + first * row_stride, count, columns, row_stride, column_stride};
+  }
+  MatrixOf some_columns(int64_t first, int64_t count) const {
+    return {data + first * column_stride, rows, count, row_stride, column_stride};
+  }
 };
 using Matrix = MatrixOf<float>;
 using BfloatMatrix = MatrixOf<uint16_t>;
@@ -114,8 +120,7 @@ void multiply_symmetric(
     const int64_t end = begin + STRIP < width ? begin + STRIP : width;
     product(
         row_major<float>(out + begin * width, end - begin, end, width),
-        Matrix{a.data + begin * a.row_stride, end - begin, a.columns, a.row_stride, a.column_stride},
-        Matrix{b.data, b.rows, end, b.row_stride, b.column_stride}, is_added);
+        a.some_rows(begin, end - begin), b.some_columns(0, end), is_added);
   }
 }
 

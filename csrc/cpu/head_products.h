@@ -26,8 +26,7 @@ class HeadProducts {
             side.hidden.dtype == Dtype::bfloat16 && side.head.dtype == Dtype::bfloat16 &&
             are_products_tiled()) {}
 
-  // Tokens of a block should be a multiple of this.
-  int64_t token_unit() const { return is_tiled_ ? TILE_DEPTH : WIDEST_VECTOR; }
+  bool is_tiled() const { return is_tiled_; }
 
   // Hidden states of the tokens whose logits come next.
   void take_for_logits(const Matrix& hidden) {
@@ -101,12 +100,9 @@ class HeadProducts {
       Scratch& room) {
     for (int64_t first = 0; first < head.rows; first += PAIRED_ROWS) {
       const int64_t rows = std::min(PAIRED_ROWS, head.rows - first);
-      const BfloatMatrix some = {
-          head.data + first * head.row_stride, rows, head.columns, head.row_stride, 1};
-      SplitRows of_some = gradient;
-      of_some.high.data += first;
-      of_some.high.columns = rows;
-      multiply_split(out, of_some, pack_pairs(some, room), is_added || first > 0);
+      multiply_split(
+          out, {gradient.high.some_columns(first, rows), gradient.low},
+          pack_pairs(head.some_rows(first, rows), room), is_added || first > 0);
     }
   }
 

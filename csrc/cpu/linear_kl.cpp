@@ -35,10 +35,11 @@ class LinearRun {
         teacher_products_(problem.teacher), scratch_(slices_.parts()) {
     const int64_t sides = has_teacher_ ? 2 : 1;
     const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
-    const int64_t unit = student_products_.token_unit();
+    const bool is_tiled = student_products_.is_tiled();
+    const int64_t unit = is_tiled ? TILE_DEPTH : WIDEST_VECTOR;
     int64_t most = problem.block_bytes > 0 ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
                                            : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
-    if (problem.block_bytes <= 0 && unit == TILE_DEPTH) most = (most + unit - 1) / unit * unit;
+    if (problem.block_bytes <= 0 && is_tiled) most = (most + unit - 1) / unit * unit;
     const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
     const int64_t even = (count_ + blocks - 1) / blocks;
     // Whole units of tokens, as far as there are so many.
@@ -147,7 +148,8 @@ class LinearRun {
         float* sum = wants_hidden ? sums + part.index * size : nullptr;
         multiply_gradients(block, slice, first, part, sum);
       }
-      student_products_.multiply_logits(columns_of(logits(student_, next), first, slice.rows()), slice);
+      student_products_.multiply_logits(
+          logits(student_, next).some_columns(first, slice.rows()), slice);
     });
     if (wants_hidden) write_hidden_grad(sums, block.begin, block.end);
   }
@@ -155,7 +157,8 @@ class LinearRun {
   void multiply_teacher(const Block& block) {
     teacher_products_.take_for_logits(block.teacher);
     slices_.run_in_turn(problem_.teacher.head, [&](const HeadSlice& slice, int64_t first) {
-      teacher_products_.multiply_logits(columns_of(logits(teacher_, block), first, slice.rows()), slice);
+      teacher_products_.multiply_logits(
+          logits(teacher_, block).some_columns(first, slice.rows()), slice);
     });
   }
 
@@ -164,7 +167,7 @@ class LinearRun {
       const Block& block, const HeadSlice& slice, int64_t first, const Part& part,
       float* grad_hidden) {
     const int64_t width = problem_.student.head.columns;
-    const Matrix gradient = columns_of(logits(student_, block), first, slice.rows());
+    const Matrix gradient = logits(student_, block).some_columns(first, slice.rows());
     float* grad_head = grad_head_ == nullptr ? nullptr : grad_head_ + first * width;
     student_products_.multiply_gradients(
         gradient, slice, row_major<float>(grad_hidden, block.tokens(), width), first > part.begin,
@@ -179,10 +182,6 @@ class LinearRun {
       const float* row = gradient.data + token * gradient.row_stride;
       for (int64_t j = 0; j < gradient.columns; ++j) sums[j] += row[j];
     }
-  }
-
-  static Matrix columns_of(const Matrix& matrix, int64_t first, int64_t count) {
-    return {matrix.data + first, matrix.rows, count, matrix.row_stride, 1};
   }
 
   const float* bias_of(const Rows& bias, Scratch& room) const {

@@ -25,9 +25,7 @@ constexpr int64_t SUM_ROWS = 64;
 inline void multiply_slices(const Matrix& out, const Matrix& a, const Matrix& b, bool is_added) {
   for (int64_t row = 0; row < out.rows; row += SUM_SLICE) {
     const int64_t rows = std::min(SUM_SLICE, out.rows - row);
-    multiply(
-        {out.data + row * out.row_stride, rows, out.columns, out.row_stride, out.column_stride},
-        {a.data + row * a.row_stride, rows, a.columns, a.row_stride, a.column_stride}, b, is_added);
+    multiply(out.some_rows(row, rows), a.some_rows(row, rows), b, is_added);
   }
 }
 
@@ -114,7 +112,7 @@ inline void multiply_sum(
   for (int64_t k = 0; k < a.columns; k += kernels.sum_depth) {
     const int64_t n = std::min(kernels.sum_depth, a.columns - k);
     multiply_packed(
-        kernels, out, {a.data + k * a.column_stride, a.rows, n, 1, a.column_stride},
+        kernels, out, a.some_columns(k, n),
         packed + packed_size(kernels, k, out.columns), is_added || k > 0, scratch.tiles);
   }
 }
@@ -127,10 +125,9 @@ inline void multiply_sum(
   if (a.column_stride == 1) return multiply_few(kernels, out, a, b, is_added, scratch.panels);
   for (int64_t k = 0; k < a.columns; k += kernels.sum_depth) {
     const int64_t n = std::min(kernels.sum_depth, a.columns - k);
-    const Matrix rows = {b.data + k * b.row_stride, n, b.columns, b.row_stride, 1};
     multiply_packed(
-        kernels, out, {a.data + k * a.column_stride, a.rows, n, 1, a.column_stride},
-        pack_sum(kernels, rows, scratch.panels), is_added || k > 0, scratch.tiles);
+        kernels, out, a.some_columns(k, n), pack_sum(kernels, b.some_rows(k, n), scratch.panels),
+        is_added || k > 0, scratch.tiles);
   }
 }
 

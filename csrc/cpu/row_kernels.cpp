@@ -10,14 +10,7 @@
 #include <string>
 #include <type_traits>
 
-#if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
-// The intrinsics of GCC up to 12 read `__m512 __Y = __Y` on purpose: thousands of lines of warning.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#endif
+#include "intrinsics.h"
 
 namespace fakd {
 namespace baseline {

@@ -6,6 +6,12 @@
 #include "row_kernels.h"
 #include "tile_words.h"
 
+#ifdef FAKD_HAS_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fakd {
 
 #ifdef FAKD_HAS_TILES
@@ -157,7 +163,8 @@ void fetch_tiles(const BfloatMatrix& a, int64_t row, int64_t begin, int64_t stri
 }  // namespace
 
 bool are_products_tiled() {
-  static const bool are = are_products_packed() && row_kernels().lanes == TILE && find_tiles();
+  static const bool are = are_products_packed() &&
+                          std::strcmp(row_kernels().name, "avx512") == 0 && find_tiles();
   return are;
 }
 

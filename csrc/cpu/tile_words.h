@@ -3,19 +3,12 @@
 
 #include <cstdint>
 
+#include "intrinsics.h"
 #include "tile_products.h"
 
 #if defined(__x86_64__) && defined(__linux__) && \
     (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define FAKD_HAS_TILES
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // as in row_kernels.cpp
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <cpuid.h>
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace fakd {
