@@ -2,10 +2,10 @@
 //
 // For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
-// gradients 2 R V float32. Threads work through the vocabulary in slices that stay in their
-// caches. A slice of the gradient gives way to the logits of the next block at once, while that of the
-// head is at hand. Where hidden states and head are bfloat16 and the processor has matrix tiles, it
-// takes them as they are; elsewhere they are widened to float32.
+// gradients 2 R V float32, and where W_S is not float32 up to 4 V Ds bytes more. Threads work through
+// the vocabulary in slices that stay in their caches. A slice of the gradient gives way to the logits of
+// the next block at once, while that of the head is at hand. Where hidden states and head are bfloat16
+// and the processor has matrix tiles, it takes them as they are; elsewhere they are widened to float32.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,10 +14,12 @@
 #include <vector>
 
 #include "gemm.h"
+#include "head_gradient.h"
 #include "head_products.h"
 #include "head_slices.h"
 #include "memory.h"
 #include "output_rows.h"
+#include "schedule.h"
 #include "top_rows.h"
 
 namespace fakd {
@@ -32,23 +34,13 @@ class LinearRun {
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
         count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary), slices_(vocabulary_),
         has_teacher_(problem.teacher.hidden.data != nullptr), student_products_(problem.student),
-        teacher_products_(problem.teacher), scratch_(slices_.parts()) {
-    const int64_t sides = has_teacher_ ? 2 : 1;
-    const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
-    const bool is_tiled = student_products_.is_tiled();
-    const int64_t unit = is_tiled ? TILE_DEPTH : WIDEST_VECTOR;
-    int64_t most = problem.block_bytes > 0 ? std::max<int64_t>(1, problem.block_bytes / token_bytes)
-                                           : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
-    if (problem.block_bytes <= 0 && is_tiled) most = (most + unit - 1) / unit * unit;
-    const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
-    const int64_t even = (count_ + blocks - 1) / blocks;
-    // Whole units of tokens, as far as there are so many.
-    block_ = std::min(most, (even + unit - 1) / unit * unit);
-  }
+        teacher_products_(problem.teacher), block_(choose_block()),
+        grad_head_(problem.grad_head, student_products_.is_tiled(), count_, block_),
+        scratch_(slices_.workers()) {}
 
   void run() {
     zero_uncounted(problem_.grad_hidden, problem_.terms.row_weights);
-    prepare_sums();
+    if (problem_.grad_bias.data != nullptr) bias_sums_.assign(vocabulary_, 0.0);
     if (count_ > 0) {
       student_.reserve(block_ * vocabulary_);
       if (has_teacher_) teacher_.reserve(block_ * vocabulary_);
@@ -62,40 +54,29 @@ class LinearRun {
       run_rows(block);
     }
     if (wants_grad()) multiply_student(block, {});
-    write_sums();
+    grad_head_.finish();
+    write_bias_grad();
     rows_.finish();
   }
 
  private:
+  // Tokens of a block: whole units of them, as far as there are so many.
+  int64_t choose_block() const {
+    const int64_t sides = has_teacher_ ? 2 : 1;
+    const int64_t token_bytes = std::max<int64_t>(1, sides * vocabulary_ * int64_t(sizeof(float)));
+    const bool is_tiled = student_products_.is_tiled();
+    const int64_t unit = is_tiled ? TILE_DEPTH : WIDEST_VECTOR;
+    int64_t most = problem_.block_bytes > 0 ? std::max<int64_t>(1, problem_.block_bytes / token_bytes)
+                                           : std::max(LEAST_TOKENS, BLOCK_BYTES / token_bytes);
+    if (problem_.block_bytes <= 0 && is_tiled) most = round_up(most, unit);
+    const int64_t blocks = std::max<int64_t>(1, (count_ + most - 1) / most);
+    const int64_t even = (count_ + blocks - 1) / blocks;
+    return std::max<int64_t>(1, std::min(most, round_up(even, unit)));
+  }
+
   bool wants_grad() const {
     return problem_.grad_hidden.data != nullptr || problem_.grad_head.data != nullptr ||
            problem_.grad_bias.data != nullptr;
-  }
-
-  // Sums over tokens: in the caller's memory where that is float32, else in ours.
-  void prepare_sums() {
-    if (problem_.grad_bias.data != nullptr) bias_sums_.assign(vocabulary_, 0.0);
-    const Rows& head = problem_.grad_head;
-    if (head.data == nullptr) return;
-    const int64_t size = head.rows * head.columns;
-    grad_head_ = head.dtype == Dtype::float32 ? static_cast<float*>(head.data)
-                                              : own_grad_head_.reserve(size);
-    advise_huge_pages(grad_head_, size * sizeof(float));
-    if (count_ == 0) std::memset(grad_head_, 0, size * sizeof(float));
-  }
-
-  void write_sums() {
-    const Rows& head = problem_.grad_head;
-    if (grad_head_ != nullptr && grad_head_ != head.data) {
-      torch::stable::parallel_for(0, head.rows, 64, [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-          write_row(kernels_, grad_head_ + row * head.columns, head, row);
-        }
-      });
-    }
-    if (bias_sums_.empty()) return;
-    const std::vector<float> rounded(bias_sums_.begin(), bias_sums_.end());
-    write_row(kernels_, rounded.data(), problem_.grad_bias, 0);
   }
 
   // Tokens in turn, and their hidden states as long as these are needed.
@@ -123,13 +104,13 @@ class LinearRun {
   }
 
   void run_rows(const Block& block) {
-    torch::stable::parallel_for(0, block.tokens(), 1, [&](int64_t first, int64_t last) {
+    run_in_turn(block.tokens(), 1, [&](const auto& take) {
       OutputScratch scratch;
       const float* biases[2] = {
           bias_of(problem_.student.bias, scratch.student),
           bias_of(problem_.teacher.bias, scratch.teacher)};
       TopRow top(problem_.terms, problem_.top);
-      for (int64_t index = first; index < last; ++index) {
+      for (int64_t index, end; take(index, end);) {
         run_row(rows_.counted()[block.begin + index], index, biases, scratch, top);
       }
     });
@@ -141,22 +122,23 @@ class LinearRun {
     const bool wants_hidden = wants_grads && problem_.grad_hidden.data != nullptr;
     const int64_t size = block.tokens() * block.student.columns;
     float* sums = wants_hidden ? grad_hidden_.reserve(slices_.parts() * size) : nullptr;
-    if (wants_grads && grad_head_ != nullptr) student_products_.take_for_sums(block.student);
+    if (wants_grads && grad_head_.is_wanted()) grad_head_.take(block.student, block.begin);
     student_products_.take_for_logits(next.student);
-    slices_.run(problem_.student.head, [&](const HeadSlice& slice, int64_t first, const Part& part) {
+    const auto work = [&](const HeadSlice& slice, int64_t first, const Part& part, int64_t worker) {
       if (wants_grads) {
         float* sum = wants_hidden ? sums + part.index * size : nullptr;
-        multiply_gradients(block, slice, first, part, sum);
+        multiply_gradients(block, slice, first, part, sum, scratch_[worker]);
       }
       student_products_.multiply_logits(
           logits(student_, next).some_columns(first, slice.rows()), slice);
-    });
+    };
+    slices_.run(problem_.student.head, work);
     if (wants_hidden) write_hidden_grad(sums, block.begin, block.end);
   }
 
   void multiply_teacher(const Block& block) {
     teacher_products_.take_for_logits(block.teacher);
-    slices_.run_in_turn(problem_.teacher.head, [&](const HeadSlice& slice, int64_t first) {
+    slices_.run_alone(problem_.teacher.head, [&](const HeadSlice& slice, int64_t first) {
       teacher_products_.multiply_logits(
           logits(teacher_, block).some_columns(first, slice.rows()), slice);
     });
@@ -165,14 +147,15 @@ class LinearRun {
   // dW += dS^T H and the like, every thread on entries of its own; dH = dS W in a sum per part.
   void multiply_gradients(
       const Block& block, const HeadSlice& slice, int64_t first, const Part& part,
-      float* grad_hidden) {
-    const int64_t width = problem_.student.head.columns;
-    const Matrix gradient = logits(student_, block).some_columns(first, slice.rows());
-    float* grad_head = grad_head_ == nullptr ? nullptr : grad_head_ + first * width;
-    student_products_.multiply_gradients(
-        gradient, slice, row_major<float>(grad_hidden, block.tokens(), width), first > part.begin,
-        row_major<float>(grad_head, slice.rows(), width), block.begin > 0, scratch_[part.index]);
-    if (!bias_sums_.empty()) add_bias_grad(gradient, first);
+      float* grad_hidden, HeadScratch& scratch) {
+    const Matrix logits = this->logits(student_, block).some_columns(first, slice.rows());
+    const LogitGradient gradient = student_products_.gradient(logits, scratch);
+    if (grad_hidden != nullptr) {
+      const Matrix sum = row_major<float>(grad_hidden, block.tokens(), block.student.columns);
+      student_products_.multiply_gradient(gradient, slice, sum, first > part.begin, scratch);
+    }
+    if (grad_head_.is_wanted()) grad_head_.add(gradient, first, scratch);
+    if (!bias_sums_.empty()) add_bias_grad(logits, first);
   }
 
   // In float64: a running sum over all tokens in float32 would lose bits.
@@ -182,6 +165,12 @@ class LinearRun {
       const float* row = gradient.data + token * gradient.row_stride;
       for (int64_t j = 0; j < gradient.columns; ++j) sums[j] += row[j];
     }
+  }
+
+  void write_bias_grad() {
+    if (bias_sums_.empty()) return;
+    const std::vector<float> rounded(bias_sums_.begin(), bias_sums_.end());
+    write_row(kernels_, rounded.data(), problem_.grad_bias, 0);
   }
 
   const float* bias_of(const Rows& bias, Scratch& room) const {
@@ -226,12 +215,11 @@ class LinearRun {
   const int64_t count_, vocabulary_;
   const HeadSlices slices_;
   const bool has_teacher_;
-  int64_t block_ = 0;
   HeadProducts student_products_, teacher_products_;
+  const int64_t block_;
   Scratch student_, teacher_, student_hidden_[2], teacher_hidden_, grad_hidden_;
-  Scratch own_grad_head_;
-  std::vector<HeadScratch> scratch_;  // of each part
-  float* grad_head_ = nullptr;
+  HeadGradient grad_head_;
+  std::vector<HeadScratch> scratch_;  // of each worker
   std::vector<double> bias_sums_;
 };
 

@@ -1,10 +1,11 @@
-// How the work of a call is divided: whole pairs, or runs of rows within a pair, per thread.
+// How the work of a call is divided among threads, whose cores may be unequally fast.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <numeric>
 #include <vector>
@@ -14,45 +15,35 @@ namespace fakd {
 struct Task {
   int64_t pair;
   int64_t begin, end;  // counted rows of the pair
-  double cost;         // any unit
 };
 
-// The latest finishing time if each task in turn goes to the least busy thread.
-inline double makespan(const std::vector<Task>& tasks, int64_t threads) {
-  std::vector<double> busy(threads, 0.0);
-  for (const Task& task : tasks) *std::min_element(busy.begin(), busy.end()) += task.cost;
-  return *std::max_element(busy.begin(), busy.end());
-}
-
-// Cut pairs into the fewest tasks that keep every thread busy to within 15 %, largest first. Cuts
-// depend on sizes and the thread count alone, so results do not depend on timing. A pair is not cut
-// below `least_rows`: each task sums a weight gradient of its own.
+// Cut pairs into tasks, largest pairs first, each task at most a part of what is left by then: a thread
+// whose core is slow, or shared, has taken less when all are done. Cuts depend on sizes and the thread
+// count alone, so results do not depend on timing. A pair is not cut below `least_rows`, nor where tasks
+// would be more than `most_tasks`: each sums a weight gradient of its own.
 inline std::vector<Task> divide(
     const std::vector<int64_t>& rows, const std::vector<double>& cost_per_row, int64_t threads,
     int64_t least_rows, int64_t most_tasks) {
+  std::vector<int64_t> order(rows.size());
+  std::iota(order.begin(), order.end(), 0);
+  const auto cost = [&](int64_t pair) { return rows[pair] * cost_per_row[pair]; };
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost(a) > cost(b); });
   double total = 0;
-  for (size_t pair = 0; pair < rows.size(); ++pair) total += rows[pair] * cost_per_row[pair];
-  std::vector<Task> best;
-  for (int64_t goal = 1; goal <= 4 * threads; ++goal) {
+  for (int64_t pair : order) total += cost(pair);
+  for (double share = 0.5 / threads;; share *= 2) {  // of what is left
     std::vector<Task> tasks;
-    for (size_t pair = 0; pair < rows.size(); ++pair) {
-      const double cost = rows[pair] * cost_per_row[pair];
-      const int64_t share = total > 0 ? int64_t(goal * cost * rows.size() / total + 0.5) : 1;
-      const int64_t most = std::max<int64_t>(1, rows[pair] / least_rows);
-      const int64_t cuts = std::clamp<int64_t>(share, 1, most);
+    double left = total;
+    for (int64_t pair : order) {
+      const int64_t wanted = left > 0 ? int64_t(std::ceil(0.999 * cost(pair) / (share * left))) : 1;
+      const int64_t cuts =
+          std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, rows[pair] / least_rows));
       for (int64_t cut = 0; cut < cuts; ++cut) {
-        const int64_t begin = rows[pair] * cut / cuts, end = rows[pair] * (cut + 1) / cuts;
-        tasks.push_back({int64_t(pair), begin, end, (end - begin) * cost_per_row[pair]});
+        tasks.push_back({pair, rows[pair] * cut / cuts, rows[pair] * (cut + 1) / cuts});
       }
+      left -= cost(pair);
     }
-    if (!best.empty() && int64_t(tasks.size()) > most_tasks) break;
-    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) {
-      return a.cost > b.cost;
-    });
-    if (best.empty() || makespan(tasks, threads) < 0.99 * makespan(best, threads)) best = tasks;
-    if (makespan(best, threads) <= 1.15 * total / threads) break;
+    if (int64_t(tasks.size()) <= std::max<int64_t>(most_tasks, order.size()) || share > 1) return tasks;
   }
-  return best;
 }
 
 // Run `work(task, worker)` for every task, each worker taking the next one when it is free.
@@ -64,6 +55,20 @@ void run_tasks(int64_t count, int64_t workers, const Work& work) {
       for (int64_t task = next++; task < count; task = next++) work(task, worker);
     }
   });
+}
+
+// Run `work(take)` on every thread: while `take(begin, end)` holds, these of `count` are its next.
+template <class Work>
+void run_in_turn(int64_t count, int64_t step, const Work& work) {
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t& begin, int64_t& end) {
+    begin = next.fetch_add(step);
+    end = std::min(count, begin + step);
+    return begin < count;
+  };
+  const int64_t turns = (count + step - 1) / step;
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), turns);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(take); });
 }
 
 }  // namespace fakd

@@ -13,11 +13,22 @@ uint16_t* reserve(Scratch& room, int64_t count) {
 
 }  // namespace
 
+Pairs reserve_pairs(int64_t rows, int64_t columns, Scratch& room) {
+  Pairs out = {nullptr, rows, columns};
+  out.data = reserve(room, out.depths() * TILE_DEPTH * round_up(columns, TILE));
+  return out;
+}
+
+Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room) {
+  const Pairs out = reserve_pairs(rows.rows, rows.columns, room);
+  pack_pairs(rows, 0, out);
+  return out;
+}
+
 Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room) {
-  Pairs out = {nullptr, columns.columns, columns.rows};
+  const Pairs out = reserve_pairs(columns.columns, columns.rows, room);
   const int64_t depth = out.depths() * TILE_DEPTH;
-  uint16_t* data = reserve(room, depth * round_up(out.columns, TILE));
-  out.data = data;
+  uint16_t* data = const_cast<uint16_t*>(out.data);
   for (int64_t first = 0; first < out.columns; first += TILE, data += depth * TILE) {
     for (int64_t k = 0; k < depth; ++k) {
       uint16_t* to = data + k / 2 * 2 * TILE + k % 2;
@@ -56,17 +67,16 @@ FAKD_TILED inline __attribute__((always_inline)) __m512i pair(
 
 }  // namespace
 
-FAKD_TILED Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room) {
-  Pairs out = {nullptr, rows.rows, rows.columns};
-  const int64_t depth = out.depths() * TILE_DEPTH, whole = rows.columns / TILE * TILE;
-  uint16_t* data = reserve(room, depth * round_up(rows.columns, TILE));
-  out.data = data;
+FAKD_TILED void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out) {
+  const int64_t depth = round_up(rows.rows, TILE_DEPTH), whole = rows.columns / TILE * TILE;
+  const int64_t stride = out.depths() * TILE_ELEMENTS;  // from 16 columns to the next
+  uint16_t* data = const_cast<uint16_t*>(out.data) + first * TILE;
   alignas(64) const uint16_t zeros[TILE] = {};
   for (int64_t k = 0; k < depth; k += 2) {
     const uint16_t* even = k < rows.rows ? rows.data + k * rows.row_stride : nullptr;
     const uint16_t* odd = k + 1 < rows.rows ? even + rows.row_stride : nullptr;
     uint16_t* to = data + k * TILE;
-    for (int64_t j = 0; j < whole; j += TILE, to += depth * TILE) {
+    for (int64_t j = 0; j < whole; j += TILE, to += stride) {
       const __m512i words = pair(even == nullptr ? zeros : even + j, odd == nullptr ? zeros : odd + j);
       _mm512_storeu_si512(to, words);
     }
@@ -77,7 +87,6 @@ FAKD_TILED Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room) {
       to[2 * lane + 1] = is_inside && odd != nullptr ? odd[whole + lane] : 0;
     }
   }
-  return out;
 }
 
 FAKD_TILED SplitRows split_rows(const Matrix& from, Scratch& room) {
@@ -103,28 +112,25 @@ FAKD_TILED SplitRows split_rows(const Matrix& from, Scratch& room) {
   return {row_major<uint16_t>(out, from.rows, from.columns, stride), depth};
 }
 
-FAKD_TILED BfloatMatrix transpose_rows(const BfloatMatrix& from, Scratch& room) {
-  const int64_t stride = round_up(from.rows, TILE_DEPTH), columns = round_up(from.columns, TILE_DEPTH);
-  uint16_t* out = reserve(room, columns * stride);
-  for (int64_t column = 0; column < columns; column += TILE) {
-    for (int64_t row = 0; row < stride; row += TILE_DEPTH) {
+FAKD_TILED void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride) {
+  for (int64_t column = 0; column < round_up(from.columns, TILE_DEPTH); column += TILE) {
+    for (int64_t row = 0; row < from.rows; row += TILE_DEPTH) {
       __m512i words[16];
       for (int i = 0; i < 16; ++i) {
         const uint16_t* even = from.data + (row + 2 * i) * from.row_stride + column;
         words[i] = pair(even, even + from.row_stride);
       }
       transpose(words);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + (column + i) * stride + row, words[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (column + i) * stride + row, words[i]);
     }
   }
-  return row_major<uint16_t>(out, from.columns, from.rows, stride);
 }
 
 #else
 
-Pairs pack_pairs(const BfloatMatrix&, Scratch&) { return {}; }
+void pack_pairs(const BfloatMatrix&, int64_t, const Pairs&) {}
 SplitRows split_rows(const Matrix&, Scratch&) { return {}; }
-BfloatMatrix transpose_rows(const BfloatMatrix&, Scratch&) { return {}; }
+void transpose_rows(const BfloatMatrix&, uint16_t*, int64_t) {}
 
 #endif
 

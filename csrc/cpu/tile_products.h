@@ -12,6 +12,8 @@ namespace fakd {
 constexpr int64_t TILE = 16;        // rows and columns of a result
 constexpr int64_t TILE_DEPTH = 32;  // products that one instruction sums
 
+inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
 // Whether this processor has matrix tiles, the system lets this process use them, and neither FAKD_ISA
 // nor FAKD_PRODUCTS says otherwise.
 bool are_products_tiled();
@@ -28,6 +30,9 @@ struct Pairs {
   }
 };
 
+Pairs reserve_pairs(int64_t rows, int64_t columns, Scratch& room);
+// The rows from `first` on, a multiple of TILE_DEPTH, and zeros behind them to a whole depth.
+void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out);
 Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room);
 // Of the transpose.
 Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room);
@@ -40,8 +45,8 @@ struct SplitRows {
 };
 
 SplitRows split_rows(const Matrix& from, Scratch& room);
-// The transpose of a part of such rows, as rows that end alike.
-BfloatMatrix transpose_rows(const BfloatMatrix& from, Scratch& room);
+// The transpose of such rows, which end alike, `stride` from row to row.
+void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride);
 
 // out = a b, or out += a b.
 void multiply_split(const Matrix& out, const SplitRows& a, const Pairs& b, bool is_added);

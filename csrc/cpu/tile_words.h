@@ -15,8 +15,6 @@ namespace fakd {
 
 constexpr int64_t TILE_ELEMENTS = TILE * TILE_DEPTH;
 
-inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
 #ifdef FAKD_HAS_TILES
 
 #define FAKD_TILED __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))

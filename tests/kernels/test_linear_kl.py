@@ -119,6 +119,14 @@ def test_small_blocks_give_the_same_numbers(engine, dtypes):
         check(inputs, engine, block_bytes=block_bytes)
 
 
+@pytest.mark.parametrize("block", [13, 32])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_heads_gradient_is_summed_over_many_blocks(engine, block):
+    """Of bfloat16 it may be one product of 2 D tokens, 32 for each block, or a sum of such."""
+    case = OutputCase("", "", (300,), (1100, 1100), (140, 45), mask="holes")
+    check(make_linear(case, "bf16"), engine, block_bytes=block * 2 * 4 * 1100)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tokens_that_do_not_count_may_hold_anything(engine):
     inputs, hostile = make_linear(CASES["float"]), make_linear(CASES["float"])
