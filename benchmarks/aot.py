@@ -94,7 +94,7 @@ def page(record: dict) -> str:
     lines = [
         "# GPU kernels",
         "",
-        "The kernels ran on an H100 and an H200; what was timed there stands in README's table.",
+        "The kernels ran on an H100 and an H200; [README](README.md) has what was timed there.",
         "This is what compilers say, in bfloat16 at sizes of large models: registers of a thread,",
         "shared memory of a program in KiB, warps that a multiprocessor holds at once (of 64, on",
         "sm_120 of 48), and whether tensor cores are used. `make bench-gpu` measures.",

@@ -10,30 +10,40 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from .report import HEADINGS, label_of, newest
+from .harness import BOUNDS
+from .record import HEADINGS, label_of, newest
 
 # Contenders keep their colour in every drawing; fakd's engine is the first of its row.
 COLOURS = {"eager": "#b0b0b0", "compiled": "#7a9cc6", "liger": "#c6a15b", "limit": "#404040"}
 OURS = "#b5402c"
 INCH = 0.42  # of height per bar group
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+# Of a curve: what its file is named by, and how its axis is.
+FIELDS = {"times_ms": ("time", "time, ms"), "extra_peak_mb": ("memory", "extra peak memory, MB")}
 
 
-def draw(results: Path, folder: Path) -> list[Path]:
-    """The files drawn: time and memory by length, and ratios of every row."""
+def names(record: dict, prefix: str = "", kind: str = "png") -> list[str]:
+    """Of the files that `draw` makes, in its order."""
+    drawn = ["ratios"] if record["rows"] else []
+    for curve in record["curves"]:
+        drawn += [f"{curve['op']}-{what}" for field, (what, _) in FIELDS.items() if field in curve]
+    return [f"{prefix}{name}.{kind}" for name in drawn]
+
+
+def draw(results: Path, folder: Path, prefix: str = "", kind: str = "png") -> list[Path]:
+    """The files drawn: ratios of every row, and time and memory by length."""
     record = json.loads(results.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
+    figures = [_ratios(record)] if record["rows"] else []
     for curve in record["curves"]:
-        for field, words in (("times_ms", "time, ms"), ("extra_peak_mb", "extra peak memory, MB")):
-            if field in curve:
-                name = f"{curve['op']}-{'time' if field == 'times_ms' else 'memory'}.png"
-                drawn.append(_by_length(curve, field, words, record, folder / name))
-    if record["rows"]:
-        drawn.append(_ratios(record, folder / "ratios.png"))
-    return drawn
+        figures += [_by_length(curve, field) for field in FIELDS if field in curve]
+    paths = [folder / name for name in names(record, prefix, kind)]
+    for figure, path in zip(figures, paths, strict=True):
+        _save(figure, record, path)
+    return paths
 
 
-def _by_length(curve: dict, field: str, words: str, record: dict, path: Path) -> Path:
+def _by_length(curve: dict, field: str):
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, values in curve[field].items():
         points = [(t, v) for t, v in zip(curve["tokens"], values, strict=True) if v is not None]
@@ -42,45 +52,59 @@ def _by_length(curve: dict, field: str, words: str, record: dict, path: Path) ->
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(curve["tokens"], [str(tokens) for tokens in curve["tokens"]])
-    axes.set(xlabel="tokens T", ylabel=words, title=f"{curve['op']}, {curve['shape']}")
+    axes.set(xlabel="tokens T", ylabel=FIELDS[field][1], title=f"{curve['op']}, {curve['shape']}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _save(figure, record, path)
+    return figure
 
 
-def _ratios(record: dict, path: Path) -> Path:
-    """Bars of the time of others over that of fakd: beyond 1 fakd is faster."""
+def _ratios(record: dict):
+    """Bars from fakd's time to those of others, rightwards where fakd is faster; limits marked."""
     rows = record["rows"]
-    present = [name for name in HEADINGS if any(name in row["times_ms"] for row in rows)]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + INCH * len(rows)), layout="constrained")
-    height = 0.8 / len(present)
-    for place, name in enumerate(present):
-        bars = []
-        for index, row in enumerate(rows):
-            if name in row["times_ms"]:
-                ours = next(iter(row["times_ms"].values()))["median"]
-                ratio = row["times_ms"][name]["median"] / ours
-                bars.append((index + (place - (len(present) - 1) / 2) * height, ratio))
+    firsts = {next(iter(row["times_ms"])) for row in rows}
+    present = {name for row in rows for name in row["times_ms"]} - firsts
+    rivals = [name for name in HEADINGS if name in present - set(BOUNDS)]
+    figure, axes = plt.subplots(figsize=(9, 1.2 + INCH * len(rows)), layout="constrained")
+    height = 0.8 / len(rivals)
+    for place, name in enumerate(rivals):
+        bars = [
+            (index + (place - (len(rivals) - 1) / 2) * height, _ratio(row, name))
+            for index, row in enumerate(rows)
+            if name in row["times_ms"]
+        ]
+        places, ratios = zip(*bars, strict=True)
+        lefts = [min(1, ratio) for ratio in ratios]
+        widths = [max(1, ratio) - left for ratio, left in zip(ratios, lefts, strict=True)]
         colour = COLOURS.get(name, "#888888")
-        axes.barh(*zip(*bars, strict=True), height=height, color=colour, label=label_of(name))
+        axes.barh(places, widths, height, lefts, color=colour, label=label_of(name))
+    marks = [(_ratio(row, "limit"), index) for index, row in enumerate(rows)]
+    axes.plot(*zip(*marks, strict=True), "D", color=COLOURS["limit"], markersize=4, label="limit")
     axes.axvline(1, color=OURS, linewidth=1.5, label="fakd")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_xlim(0.22, 36)
+    axes.set_xticks(TICKS, [f"{tick:g}x" for tick in TICKS])
     labels = [f"{row['op']} {row['shape']}, {row['dtype']}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set(xlabel="time / time of fakd", title="forward + backward")
-    axes.legend(frameon=False, fontsize=8)
-    return _save(figure, record, path)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
 
 
-def _save(figure, record: dict, path: Path) -> Path:
+def _ratio(row: dict, name: str) -> float:
+    times = row["times_ms"]
+    return times[name]["median"] / next(iter(times.values()))["median"]
+
+
+def _save(figure, record: dict, path: Path) -> None:
     where = record["environment"]
     words = f"{where['device']}, torch {where['torch']}, {where['date']}, {where['commit']}"
     figure.supxlabel(words, fontsize=7, color="#606060")
-    figure.savefig(path, dpi=130)
+    # Text as text, and neither dates nor random names: what is drawn again is the same file.
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
+        is_svg = path.suffix == ".svg"
+        figure.savefig(path, dpi=130, metadata={"Date": None} if is_svg else None)
     plt.close(figure)
-    return path
 
 
 def main() -> None:

@@ -15,6 +15,17 @@ from .device import device, device_name
 from .harness import Row
 
 RESULTS = Path(__file__).parent / "results"
+# Contenders as the table heads them; of the bounds the time is a factor.
+HEADINGS = {
+    "base": "base",
+    "eager": "eager",
+    "compiled": "torch.compile",
+    "liger": "Liger",
+    "reference": "reference engine",
+    "triton": "Triton engine",  # beside the CUDA engine
+    "limit": "limit",
+    "sum": "`student + teacher`",
+}
 
 
 def environment() -> dict:
@@ -59,3 +70,19 @@ def save(rows: list[Row], path: Path, curves: list[dict]) -> None:
     rows_written = [asdict(row) for row in rows]
     record = {"environment": environment(), "rows": rows_written, "curves": curves}
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def label_of(contender: str) -> str:
+    """A contender as drawings and curves name it."""
+    known = {name: HEADINGS[name] for name in ("base", "eager", "compiled", "liger", "limit")}
+    return known.get(contender, f"fakd ({contender})")
+
+
+def newest(device_type: str) -> Path | None:
+    """The results file of the latest date on a kind of device, None without any."""
+    paths = [
+        path
+        for path in RESULTS.glob("*-????-??-??.json")
+        if json.loads(path.read_text())["environment"].get("device_type", "cpu") == device_type
+    ]
+    return max(paths, key=lambda path: (path.stem[-10:], path.stem), default=None)

@@ -1,64 +1,88 @@
-"""Writes README's tables from benchmarks/results: python -m benchmarks.report."""
+"""Writes the tables and drawings of README.md and benchmarks/README.md from benchmarks/results:
+python -m benchmarks.report.
+"""
 
 import json
 import re
 from pathlib import Path
 
 from .harness import BOUNDS
-from .record import RESULTS
+from .plots import draw, names
+from .record import HEADINGS, RESULTS, newest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, PAGE = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
+DRAWINGS = RESULTS / "drawings"
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.report -->\n", "<!-- end -->")
 NOT_YET = (
     "On a GPU: not measured yet. [benchmarks/GPU.md](benchmarks/GPU.md) has what compilers say of\n"
-    "every kernel, and `make bench-gpu` measures on a card."
+    "every kernel, and `make bench-gpu` measures on a card.\n"
 )
-# Contenders as the table heads them; of the bounds the time is a factor.
-HEADINGS = {
-    "base": "base",
-    "eager": "eager",
-    "compiled": "torch.compile",
-    "liger": "Liger",
-    "reference": "reference engine",
-    "triton": "Triton engine",  # beside the CUDA engine
-    "limit": "limit",
-    "sum": "`student + teacher`",
-}
+# What README tells, as far as it was measured; the page has every row.
+HEADLINES = (
+    ("feature_alignment", "12 x 4096 x 768, no projection", "float32"),
+    ("feature_alignment", "6 x 4096, 384 to 768", "float32"),
+    ("attention_kl", "B8 H12 T512, 32 and 64 wide", "float32"),
+    ("attention_kl", "B1 H8 T2048, causal", "float32"),
+    ("attention_map_kl", "B8 H12 T512", "float32"),
+    ("linear_kl", "N1024 V32000, 512 and 1024 wide", "float32"),
+    ("linear_kl", "N512 V151936, 256 and 512 wide", "float32"),
+    ("logit_kl", "2048 x 32000", "float32"),
+    ("topk_kl", "N1024 V32000, 512 wide, k 64", "float32"),
+    ("train_step", "BERT-base to 4 x 312, B8 T128", "float32"),
+    ("train_step", "SmolLM2-135M to 8 blocks, B2 T512", "float32"),
+    ("linear_kl", "Llama-3.1-8B to 1B, N4096", "bfloat16"),
+    ("linear_kl", "Qwen3-8B to 0.6B, N4096", "bfloat16"),
+    ("logit_kl", "Llama-3.1, 4096 x 128256", "bfloat16"),
+    ("train_step", "SmolLM2-135M to 8 blocks, B2 T512", "bfloat16"),
+)
 
 
-def label_of(contender: str) -> str:
-    """A contender as drawings and curves name it."""
-    known = {name: HEADINGS[name] for name in ("base", "eager", "compiled", "liger", "limit")}
-    return known.get(contender, f"fakd ({contender})")
-
-
-def newest(device_type: str) -> Path | None:
-    """The results file of the latest date on a kind of device, None without any."""
-    paths = [
-        path
-        for path in RESULTS.glob("*-????-??-??.json")
-        if json.loads(path.read_text())["environment"].get("device_type", "cpu") == device_type
-    ]
-    return max(paths, key=lambda path: (path.stem[-10:], path.stem), default=None)
-
-
-def markdown(path: Path) -> str:
-    """A table per op, a line per row: times, ratios of medians of that run, peak memory."""
+def headlines(path: Path) -> str:
+    """One table of a few rows, without bounds."""
     record = json.loads(path.read_text())
-    where = record["environment"]
-    threads = "" if where.get("device_type") == "cuda" else f" {where['threads']} threads,"
-    lines = [
-        f"{where['device']},{threads} torch {where['torch']}, "
-        f"{where['date']}, commit {where['commit']}"
-        + (" with local changes" if where["dirty"] else "")
-        + f" ([{path.name}](benchmarks/results/{path.name})). Ratios are of medians of one run:",
-    ]
+    known = {(row["op"], row["shape"], row["dtype"]): row for row in record["rows"]}
+    rows = [known[key] for key in HEADLINES if key in known]
+    others = ["eager", "compiled", "liger"]
+    table = _table("", rows, others, [f"`{row['op']}` {_name(row)}" for row in rows])
+    return "\n".join([_where(record, path) + ":", "", *table]) + "\n"
+
+
+def in_full(path: Path) -> str:
+    """A table per op, a line per row, curves, and the drawings of both."""
+    record = json.loads(path.read_text())
+    figures = f"[figures](results/{path.name})"
+    lines = [f"## {record['environment']['device']}", "", f"{_where(record, path)} ({figures})."]
+    for name in drawing_names(path):
+        lines += ["", f"![{name.removeprefix(path.stem)[1:-4]}](results/drawings/{name})"]
     for op in dict.fromkeys(row["op"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["op"] == op]
-        lines += ["", *_table(op, rows)]
-    for curve in record.get("curves", []):
+        firsts = {next(iter(row["times_ms"])) for row in rows}
+        present = {name for row in rows for name in row["times_ms"]}
+        others = [name for name in HEADINGS if name in present - firsts]
+        lines += ["", *_table(f"`{op}`", rows, others, [_name(row) for row in rows])]
+    for curve in record["curves"]:
         lines += ["", *_curve(curve)]
     return "\n".join(lines) + "\n"
+
+
+def drawing_names(path: Path) -> list[str]:
+    """The files that `draw` makes of a record."""
+    return names(json.loads(path.read_text()), f"{path.stem}-", "svg")
+
+
+def _where(record: dict, path: Path) -> str:
+    where = record["environment"]
+    threads = "" if where.get("device_type") == "cuda" else f"{where['threads']} threads, "
+    changes = " with local changes" if where["dirty"] else ""
+    return (
+        f"{where['device']}, {threads}torch {where['torch']}, "
+        f"{where['date']}, commit {where['commit']}{changes}"
+    )
+
+
+def _name(row: dict) -> str:
+    return f"{row['shape']}, {row['dtype']}"
 
 
 def _curve(curve: dict) -> list[str]:
@@ -74,17 +98,15 @@ def _curve(curve: dict) -> list[str]:
     return lines
 
 
-def _table(op: str, rows: list[dict]) -> list[str]:
-    firsts = {next(iter(row["times_ms"])) for row in rows}
-    present = {name for row in rows for name in row["times_ms"]}
-    others = [name for name in HEADINGS if name in present - firsts]
-    headings = [f"`{op}`", "fakd", *[HEADINGS[name] for name in others], "extra peak memory"]
+def _table(heading: str, rows: list[dict], others: list[str], names: list[str]) -> list[str]:
+    """Times, ratios of medians and peak memory."""
+    headings = [heading, "fakd", *[HEADINGS[name] for name in others], "extra peak memory"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for row in rows:
+    for row, words in zip(rows, names, strict=True):
         times = {name: spread["median"] for name, spread in row["times_ms"].items()}
         first = next(iter(times))
         peak = row["extra_peak_mb"]
-        cells = [f"{row['shape']}, {row['dtype']}", f"{times[first]:.1f} ms"]
+        cells = [words, f"{times[first]:.1f} ms"]
         for name in others:
             if name not in times:
                 cells.append("-")
@@ -103,14 +125,26 @@ def _in_words(speedup: float) -> str:
     return f"{speedup:.1f}x faster" if speedup > 1 else f"{1 / speedup:.1f}x slower"
 
 
-def render(readme: str) -> str:
-    """The README with its tables written anew."""
+def render(text: str, tell) -> str:
+    """A page with its figures written anew: what `tell` makes of each newest record."""
     begin, end = map(re.escape, MARKS)
-    gpu = newest("cuda")
-    parts = [markdown(newest("cpu")), NOT_YET + "\n" if gpu is None else markdown(gpu)]
+    records = [newest("cpu"), newest("cuda")]
+    parts = [NOT_YET if record is None else tell(record) for record in records]
     body = MARKS[0] + "\n" + "\n".join(parts) + "\n" + MARKS[1]
-    return re.sub(f"{begin}.*?{end}", lambda _: body, readme, flags=re.DOTALL)
+    return re.sub(f"{begin}.*?{end}", lambda _: body, text, flags=re.DOTALL)
+
+
+TELLERS = {README: headlines, PAGE: in_full}
+
+
+def main() -> None:
+    for page, tell in TELLERS.items():
+        page.write_text(render(page.read_text(), tell))
+    for old in DRAWINGS.glob("*.svg"):
+        old.unlink()
+    for record in filter(None, (newest("cpu"), newest("cuda"))):
+        draw(record, DRAWINGS, f"{record.stem}-", "svg")
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    main()

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import harness, plots, report
+from benchmarks import harness, plots, record, report
 from benchmarks.run import OPS
 from benchmarks.shapes import (
     AttentionShape,
@@ -76,14 +76,30 @@ def test_interleave_gives_every_step_its_turns(monkeypatch):
 
 
 def test_committed_results_can_be_drawn(tmp_path):
-    drawn = plots.draw(report.newest("cpu"), tmp_path)
+    drawn = plots.draw(record.newest("cpu"), tmp_path)
     assert any(path.name == "ratios.png" for path in drawn)
     assert all(path.stat().st_size > 1000 for path in drawn)
 
 
+@pytest.mark.parametrize("page", report.TELLERS, ids=lambda page: page.parent.name)
+def test_pages_are_written_from_the_results(page):
+    text = page.read_text()
+    assert report.render(text, report.TELLERS[page]) == text, "run python -m benchmarks.report"
+
+
+def test_drawings_are_of_the_results():
+    """Whatever draws them, they tell the commit that was measured."""
+    paths = [path for kind in ("cpu", "cuda") if (path := record.newest(kind))]
+    expected = {name: path for path in paths for name in report.drawing_names(path)}
+    assert {path.name for path in report.DRAWINGS.iterdir()} == set(expected)
+    for name, path in expected.items():
+        commit = json.loads(path.read_text())["environment"]["commit"]
+        assert commit in (report.DRAWINGS / name).read_text(), "run python -m benchmarks.report"
+
+
 def test_no_figure_of_a_gpu_is_told_without_a_result():
-    written = report.render(f"{report.MARKS[0]}{report.MARKS[1]}")
-    assert ("not measured yet" in written) == (report.newest("cuda") is None)
+    written = report.render("".join(report.MARKS), report.headlines)
+    assert ("not measured yet" in written) == (record.newest("cuda") is None)
 
 
 def test_the_page_of_gpu_kernels_is_written_from_its_facts():

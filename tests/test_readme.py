@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import report
 from fakd.cli import app
 from fakd.config_file import load_config
 
@@ -80,7 +79,3 @@ def test_ops_of_the_table_are_public():
     assert ops
     for op in ops:
         assert callable(getattr(fakd_kernels, op))
-
-
-def test_figures_are_written_from_the_results():
-    assert report.render(README) == README, "run python -m benchmarks.report"
