@@ -11,7 +11,6 @@
 #include "cpu/attention_kl.h"
 #include "cpu/feature_alignment.h"
 #include "cpu/feature_bfloat16.h"
-#include "cpu/tile_products.h"
 #include "tensors.h"
 
 namespace {
@@ -196,10 +195,7 @@ void attention_map_kl(
   fakd::attention_map_kl(problem);
 }
 
-std::string isa() {
-  const std::string name = fakd::row_kernels().name;
-  return fakd::are_products_tiled() ? name + " with matrix tiles" : name;
-}
+std::string isa() { return fakd::instruction_set(); }
 
 bool has_bfloat16_products() { return fakd::has_bfloat16_products(); }
 

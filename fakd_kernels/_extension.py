@@ -55,7 +55,7 @@ def cuda_absent() -> str | None:
 
 
 def cpu_isa() -> str:
-    """The instruction set of the C++ kernels: avx512 (with matrix tiles), avx2, neon, baseline."""
+    """The C++ kernels' instructions: amx_bf16, avx512_bf16, avx512, avx2, neon or baseline."""
     return torch.ops.fakd_ext.isa()
 
 

@@ -1,9 +1,9 @@
 // The gradient of a head, dW = dS^T H, of one block of tokens after the other and slice by slice.
 //
-// In float32 the sum lies in the caller's memory, or in ours where the head is of another dtype. With
-// matrix tiles no such sum is needed for up to 2 D tokens: it would be read and written for every block,
-// so dS is kept instead, rounded to bfloat16, and one product of all tokens makes dW of it. Of more
-// tokens dS is kept for D at a time, and the sum is there.
+// In float32 the sum lies in the caller's memory, or in ours where the head is of another dtype. It is
+// read and written for every block; of products of tiles no such sum is needed for up to 2 D tokens:
+// dS is kept instead, rounded to bfloat16, and one product of all tokens makes dW of it. Of more tokens
+// dS is kept for D at a time, and the sum is there.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -19,7 +19,7 @@ struct HeadScratch {
   Scratch split, pairs, head_rows;
 };
 
-// A slice of dS, [tokens, rows of the slice], and as matrix tiles take it.
+// A slice of dS, [tokens, rows of the slice], and as products of tiles take it.
 struct LogitGradient {
   Matrix wide = {};
   SplitRows split = {};
@@ -30,7 +30,7 @@ class HeadProducts {
   explicit HeadProducts(const OutputHead& side)
       : kernels_(row_kernels()), is_tiled_(
             side.hidden.dtype == Dtype::bfloat16 && side.head.dtype == Dtype::bfloat16 &&
-            are_products_tiled()) {}
+            bfloat_unit() != BfloatUnit::none) {}
 
   bool is_tiled() const { return is_tiled_; }
 

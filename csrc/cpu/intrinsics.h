@@ -9,3 +9,9 @@
 #endif
 #include <immintrin.h>
 #endif
+
+// Whether the compiler knows products of bfloat16: those of tiles, and of pairs.
+#if defined(__x86_64__) && defined(__linux__) && \
+    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define FAKD_HAS_TILES
+#endif

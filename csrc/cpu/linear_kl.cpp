@@ -2,10 +2,11 @@
 //
 // For a block of R tokens: S = H_S W_S^T and T = H_T W_T^T; a row kernel turns S into its gradient
 // and T into nothing; dH = dS W_S, dW_S += dS^T H_S. In all 2 N V (3 Ds + Dt) FLOPs; beyond the
-// gradients 2 R V float32, and where W_S is not float32 up to 4 V Ds bytes more. Threads work through
-// the vocabulary in slices that stay in their caches. A slice of the gradient gives way to the logits of
-// the next block at once, while that of the head is at hand. Where hidden states and head are bfloat16
-// and the processor has matrix tiles, it takes them as they are; elsewhere they are widened to float32.
+// gradients 2 R V float32, and where W_S is not float32 up to 4 V Ds bytes more, 6 V Ds of more than
+// 2 Ds tokens. Threads work through the vocabulary in slices that stay in their caches. A slice of the
+// gradient gives way to the logits of the next block at once, while that of the head is at hand. Where
+// hidden states and head are bfloat16 and the processor multiplies that, it takes them as they are;
+// elsewhere they are widened to float32.
 
 #include <torch/csrc/stable/ops.h>
 

@@ -9,8 +9,15 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "intrinsics.h"
+
+#ifdef FAKD_HAS_TILES
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace fakd {
 namespace baseline {
@@ -84,30 +91,17 @@ namespace avx512 {
 
 namespace {
 
-const RowKernels& choose() {
-  const RowKernels* usable[3] = {};
-  int count = 0;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    usable[count++] = &avx512::KERNELS;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    usable[count++] = &avx2::KERNELS;
-  }
-#endif
-  usable[count++] = &baseline::KERNELS;
-  const char* wanted = std::getenv("FAKD_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *usable[0];
-  std::string names;
-  for (int index = 0; index < count; ++index) {
-    if (std::strcmp(usable[index]->name, wanted) == 0) return *usable[index];
-    names += std::string(index ? ", " : "") + usable[index]->name;
-  }
-  throw std::runtime_error(
-      "FAKD_ISA must be an instruction set of this processor: got " + std::string(wanted) +
-      "; choose one of " + names + " or unset it.");
+#ifdef FAKD_HAS_TILES
+// The processor has matrix tiles, and the system lets this process use them.
+bool has_tiles() {
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0) return false;
+  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
+#endif
 
 bool is_intel() {
 #if defined(__x86_64__)
@@ -115,6 +109,48 @@ bool is_intel() {
 #else
   return false;
 #endif
+}
+
+struct InstructionSet {
+  const char* name;
+  const RowKernels* kernels;
+  BfloatUnit unit;
+};
+
+InstructionSet choose() {
+  std::vector<InstructionSet> usable;
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    usable.push_back({"avx512", &avx512::KERNELS, BfloatUnit::none});
+#ifdef FAKD_HAS_TILES
+    if (__builtin_cpu_supports("avx512bf16")) {
+      // Half as fast as products in float32 on a Sapphire Rapids class Xeon, where a dot product took
+      // 0.73 ns and a multiply-add 0.18 (2026-11); twice as fast where both take a cycle, as AMD's do by
+      // their tables: not measured.
+      const auto place = is_intel() ? usable.end() : usable.begin();
+      usable.insert(place, {"avx512_bf16", &avx512::KERNELS, BfloatUnit::dots});
+    }
+    if (has_tiles()) {
+      usable.insert(usable.begin(), {"amx_bf16", &avx512::KERNELS, BfloatUnit::tiles});
+    }
+#endif
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    usable.push_back({"avx2", &avx2::KERNELS, BfloatUnit::none});
+  }
+#endif
+  usable.push_back({baseline::KERNELS.name, &baseline::KERNELS, BfloatUnit::none});
+  const char* wanted = std::getenv("FAKD_ISA");
+  if (wanted == nullptr || *wanted == '\0') return usable[0];
+  std::string names;
+  for (const InstructionSet& set : usable) {
+    if (std::strcmp(set.name, wanted) == 0) return set;
+    names += (names.empty() ? "" : ", ") + std::string(set.name);
+  }
+  throw std::runtime_error(
+      "FAKD_ISA must be an instruction set of this processor: got " + std::string(wanted) +
+      "; choose one of " + names + " or unset it.");
 }
 
 enum class Products { library, packed, measured };
@@ -132,8 +168,8 @@ Products choose_products(const RowKernels& kernels) {
 }
 
 struct Choice {
-  const RowKernels& kernels = choose();
-  Products products = choose_products(kernels);
+  InstructionSet set = choose();
+  Products products = choose_products(*set.kernels);
 };
 
 const Choice& choice() {
@@ -143,7 +179,9 @@ const Choice& choice() {
 
 }  // namespace
 
-const RowKernels& row_kernels() { return choice().kernels; }
+const RowKernels& row_kernels() { return *choice().set.kernels; }
+const char* instruction_set() { return choice().set.name; }
+BfloatUnit bfloat_unit() { return are_products_packed() ? choice().set.unit : BfloatUnit::none; }
 bool are_products_packed() { return choice().products != Products::library; }
 bool are_feature_products_packed() {
   static const bool is_library_better = is_intel();

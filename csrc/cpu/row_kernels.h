@@ -171,6 +171,12 @@ struct RowKernels {
 
 // The best set this processor runs, or the one FAKD_ISA names. Throws if it names another.
 const RowKernels& row_kernels();
+// Its name, of what multiplies bfloat16 too.
+const char* instruction_set();
+
+// What multiplies bfloat16 here: nothing, dot products of pairs (AVX512-BF16), matrix tiles (AMX-BF16).
+enum class BfloatUnit { none, dots, tiles };
+BfloatUnit bfloat_unit();
 
 // Whether products of packed operands are made here, wherever the set has them: dH and dW of 1024 tokens,
 // 32000 x 512, took 506 ms by the library and 385 packed (2 cores of an AMD EPYC, 2026-11); attention

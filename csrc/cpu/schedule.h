@@ -17,10 +17,10 @@ struct Task {
   int64_t begin, end;  // counted rows of the pair
 };
 
-// Cut pairs into tasks, largest pairs first, each task at most a part of what is left by then: a thread
-// whose core is slow, or shared, has taken less when all are done. Cuts depend on sizes and the thread
-// count alone, so results do not depend on timing. A pair is not cut below `least_rows`, nor where tasks
-// would be more than `most_tasks`: each sums a weight gradient of its own.
+// Cut pairs into tasks, largest pairs first, each task at most a part of what is left by then: a
+// thread whose core is slow, or shared, has taken less when all are done. Cuts depend on sizes and the
+// thread count alone, so results do not depend on timing. A pair is not cut below `least_rows`, nor
+// where tasks would be more than `most_tasks`: each sums a weight gradient of its own.
 inline std::vector<Task> divide(
     const std::vector<int64_t>& rows, const std::vector<double>& cost_per_row, int64_t threads,
     int64_t least_rows, int64_t most_tasks) {

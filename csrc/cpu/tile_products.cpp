@@ -1,16 +1,10 @@
-// Blocks of 2 x 2 tiles of results: four tiles are loaded for four instructions, six for eight.
+// Products in blocks of 2 x 2 tiles of results, by whichever unit this processor has.
 
 #include <algorithm>
 #include <cstring>
 
 #include "row_kernels.h"
-#include "tile_words.h"
-
-#ifdef FAKD_HAS_TILES
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "tile_units.h"
 
 namespace fakd {
 
@@ -18,125 +12,21 @@ namespace fakd {
 
 namespace {
 
-bool find_tiles() {
-  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
-  unsigned eax, ebx, ecx, edx;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0) return false;
-  if (!__builtin_cpu_supports("avx512bw")) return false;
-  constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-// Tiles of 16 rows of 64 bytes, on this thread.
-class FullTiles {
- public:
-  FAKD_TILED FullTiles() {
-    Configuration configuration;
-    for (int tile = 0; tile < 8; ++tile) {
-      configuration.row_bytes[tile] = 64;
-      configuration.rows[tile] = TILE;
-    }
-    _tile_loadconfig(&configuration);
-  }
-  FAKD_TILED ~FullTiles() { _tile_release(); }
-
- private:
-  struct alignas(64) Configuration {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-};
-
-// Two tiles of rows of the left operand, `bytes` from row to row; where it is a sum, the other part lies
-// `low` elements further on. And memory that is needed next, asked for meanwhile: so many lines of 64
-// bytes with each depth.
-struct Left {
-  const uint16_t* rows[2];
-  int64_t bytes;
-  int64_t low = 0;
-  const char* next = nullptr;
-  int64_t next_lines = 0;
-};
-
-// Four tiles of results, in two rows of two.
-struct Results {
-  float* tiles[4];
-  int64_t bytes;
-};
-
-template <bool TWO_COLUMNS>
-FAKD_TILED inline __attribute__((always_inline)) void load_right(
-    const uint16_t* b0, const uint16_t* b1) {
-  _tile_loadd(6, b0, 64);
-  if (TWO_COLUMNS) _tile_loadd(7, b1, 64);
-}
-
-template <bool TWO_ROWS, bool TWO_COLUMNS>
-FAKD_TILED inline __attribute__((always_inline)) void add_products(
-    const uint16_t* a0, const uint16_t* a1, int64_t bytes) {
-  _tile_loadd(4, a0, bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  if (TWO_COLUMNS) _tile_dpbf16ps(1, 4, 7);
-  if (TWO_ROWS) {
-    _tile_loadd(5, a1, bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    if (TWO_COLUMNS) _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
-// So many depths of `a`, then one of `last` if there is one: what is left of rows that end early.
-template <bool TWO_ROWS, bool TWO_COLUMNS>
-FAKD_TILED void multiply_block(
-    const Left& a, int64_t depths, const uint16_t* last, const uint16_t* b0, const uint16_t* b1,
-    const Results& out, bool is_added) {
-  asm volatile("" ::: "memory");  // GCC does not know that tiles are loaded from memory
-  if (is_added) {
-    _tile_loadd(0, out.tiles[0], out.bytes);
-    if (TWO_COLUMNS) _tile_loadd(1, out.tiles[1], out.bytes);
-    if (TWO_ROWS) _tile_loadd(2, out.tiles[2], out.bytes);
-    if (TWO_ROWS && TWO_COLUMNS) _tile_loadd(3, out.tiles[3], out.bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const char* next = a.next;
-  for (int64_t depth = 0; depth < depths; ++depth) {
-    for (int64_t line = 0; line < a.next_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-    const int64_t place = depth * TILE_DEPTH;
-    load_right<TWO_COLUMNS>(b0 + depth * TILE_ELEMENTS, b1 + depth * TILE_ELEMENTS);
-    add_products<TWO_ROWS, TWO_COLUMNS>(a.rows[0] + place, a.rows[1] + place, a.bytes);
-    if (a.low == 0) continue;
-    add_products<TWO_ROWS, TWO_COLUMNS>(
-        a.rows[0] + a.low + place, a.rows[1] + a.low + place, a.bytes);
-  }
-  if (last != nullptr) {
-    load_right<TWO_COLUMNS>(b0 + depths * TILE_ELEMENTS, b1 + depths * TILE_ELEMENTS);
-    add_products<TWO_ROWS, TWO_COLUMNS>(last, last + TILE_ELEMENTS, 64);
-  }
-  _tile_stored(0, out.tiles[0], out.bytes);
-  if (TWO_COLUMNS) _tile_stored(1, out.tiles[1], out.bytes);
-  if (TWO_ROWS) _tile_stored(2, out.tiles[2], out.bytes);
-  if (TWO_ROWS && TWO_COLUMNS) _tile_stored(3, out.tiles[3], out.bytes);
-}
-
+template <class Unit>
 void multiply_block(
-    const Left& a, int64_t depths, const uint16_t* last, const Pairs& b, int64_t column,
-    bool has_two_rows, const Results& out, bool is_added) {
+    const Left& a, const Depths& depths, const Pairs& b, int64_t column, bool has_two_rows,
+    const Results& out, bool is_added) {
   const bool has_two_columns = column + TILE < b.columns;
   const uint16_t* b0 = b.tile(column);
   const uint16_t* b1 = has_two_columns ? b.tile(column + TILE) : b0;
   if (has_two_rows && has_two_columns) {
-    multiply_block<true, true>(a, depths, last, b0, b1, out, is_added);
+    Unit::template multiply_block<true, true>(a, depths, b0, b1, out, is_added);
   } else if (has_two_rows) {
-    multiply_block<true, false>(a, depths, last, b0, b1, out, is_added);
+    Unit::template multiply_block<true, false>(a, depths, b0, b1, out, is_added);
   } else if (has_two_columns) {
-    multiply_block<false, true>(a, depths, last, b0, b1, out, is_added);
+    Unit::template multiply_block<false, true>(a, depths, b0, b1, out, is_added);
   } else {
-    multiply_block<false, false>(a, depths, last, b0, b1, out, is_added);
+    Unit::template multiply_block<false, false>(a, depths, b0, b1, out, is_added);
   }
 }
 
@@ -160,18 +50,11 @@ void fetch_tiles(const BfloatMatrix& a, int64_t row, int64_t begin, int64_t stri
   }
 }
 
-}  // namespace
-
-bool are_products_tiled() {
-  static const bool are = are_products_packed() &&
-                          std::strcmp(row_kernels().name, "avx512") == 0 && find_tiles();
-  return are;
-}
-
-FAKD_TILED void multiply_split(
+template <class Unit>
+void multiply_split_by(
     const Matrix& out, const SplitRows& a, const Pairs& b, bool is_added) {
   alignas(64) float edge[2 * TILE * 2 * TILE];
-  const FullTiles tiles;
+  [[maybe_unused]] const typename Unit::Session session;
   const BfloatMatrix& high = a.high;
   const int64_t bytes = high.row_stride * int64_t(sizeof(uint16_t));
   for (int64_t row = 0; row < out.rows; row += 2 * TILE) {
@@ -199,7 +82,8 @@ FAKD_TILED void multiply_split(
       const Results results = {
           {to, to + TILE, to + TILE * stride, to + TILE * stride + TILE},
           stride * int64_t(sizeof(float))};
-      multiply_block(left, b.depths(), nullptr, b, column, has_two_rows, results, is_added);
+      multiply_block<Unit>(
+          left, {b.depths(), nullptr}, b, column, has_two_rows, results, is_added);
       for (int64_t i = 0; i < height && !is_whole; ++i) {
         std::memcpy(place + i * out.row_stride, edge + i * stride, width * sizeof(float));
       }
@@ -207,11 +91,12 @@ FAKD_TILED void multiply_split(
   }
 }
 
-FAKD_TILED void multiply_head_rows(const Matrix& out, const BfloatMatrix& a, const Pairs& b) {
+template <class Unit>
+void multiply_head_rows_by(const Matrix& out, const BfloatMatrix& a, const Pairs& b) {
   alignas(64) float results[4 * TILE * TILE];
   alignas(64) uint16_t last[2 * TILE_ELEMENTS];
   Scratch room;
-  const FullTiles tiles;
+  [[maybe_unused]] const typename Unit::Session session;
   const Results to = {
       {results, results + TILE * TILE, results + 2 * TILE * TILE, results + 3 * TILE * TILE}, 64};
   for (int64_t row = 0; row < a.rows; row += 2 * TILE) {
@@ -233,9 +118,8 @@ FAKD_TILED void multiply_head_rows(const Matrix& out, const BfloatMatrix& a, con
       left.next_lines = TILE_DEPTH / blocks + 1;
     }
     for (int64_t column = 0; column < b.columns; column += 2 * TILE) {
-      multiply_block(
-          left, depths, depths < b.depths() ? last : nullptr, b, column, row + TILE < a.rows, to,
-          false);
+      const Depths all = {depths, depths < b.depths() ? last : nullptr};
+      multiply_block<Unit>(left, all, b, column, row + TILE < a.rows, to, false);
       left.next += left.next_lines * depths * 64;
       for (int64_t tile = 0; tile < 4; ++tile) {
         const int64_t word = row + tile / 2 * TILE, token = column + tile % 2 * TILE;
@@ -248,9 +132,22 @@ FAKD_TILED void multiply_head_rows(const Matrix& out, const BfloatMatrix& a, con
   }
 }
 
+}  // namespace
+
+void multiply_split(const Matrix& out, const SplitRows& a, const Pairs& b, bool is_added) {
+  const auto multiply =
+      bfloat_unit() == BfloatUnit::tiles ? multiply_split_by<Tiles> : multiply_split_by<Dots>;
+  multiply(out, a, b, is_added);
+}
+
+void multiply_head_rows(const Matrix& out, const BfloatMatrix& a, const Pairs& b) {
+  const auto multiply = bfloat_unit() == BfloatUnit::tiles ? multiply_head_rows_by<Tiles>
+                                                           : multiply_head_rows_by<Dots>;
+  multiply(out, a, b);
+}
+
 #else
 
-bool are_products_tiled() { return false; }
 void multiply_split(const Matrix&, const SplitRows&, const Pairs&, bool) {}
 void multiply_head_rows(const Matrix&, const BfloatMatrix&, const Pairs&) {}
 

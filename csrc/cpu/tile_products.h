@@ -1,5 +1,6 @@
-// Products of bfloat16 matrices into float32, on processors with matrix tiles (AMX-BF16): products
-// are exact and summed in float32, so logits are never rounded.
+// Products of bfloat16 matrices into float32, tile by tile, on processors with matrix tiles (AMX-BF16)
+// or dot products of pairs (AVX512-BF16): they are exact and summed in float32, so logits are never
+// rounded.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +14,6 @@ constexpr int64_t TILE = 16;        // rows and columns of a result
 constexpr int64_t TILE_DEPTH = 32;  // products that one instruction sums
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
-
-// Whether this processor has matrix tiles, the system lets this process use them, and neither FAKD_ISA
-// nor FAKD_PRODUCTS says otherwise.
-bool are_products_tiled();
 
 // Rows of 16 columns each as tiles want them of their right operand: pairs of rows side by side, zeros
 // behind the last row and column.

@@ -6,11 +6,6 @@
 #include "intrinsics.h"
 #include "tile_products.h"
 
-#if defined(__x86_64__) && defined(__linux__) && \
-    (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define FAKD_HAS_TILES
-#endif
-
 namespace fakd {
 
 constexpr int64_t TILE_ELEMENTS = TILE * TILE_DEPTH;
@@ -18,6 +13,7 @@ constexpr int64_t TILE_ELEMENTS = TILE * TILE_DEPTH;
 #ifdef FAKD_HAS_TILES
 
 #define FAKD_TILED __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
+#define FAKD_PAIRED __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl")))
 
 // In place: 16 rows of 16 words.
 FAKD_TILED inline __attribute__((always_inline)) void transpose(__m512i r[16]) {

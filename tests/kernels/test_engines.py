@@ -123,11 +123,22 @@ def test_older_instruction_sets_pass_the_same_rule(isa):
     _run_cases_again(names, {"FAKD_ISA": isa})
 
 
+def processor_has(*flags: str) -> bool:
+    return set(flags) <= set(Path("/proc/cpuinfo").read_text().split())
+
+
 def test_matrix_tiles_are_used_where_the_processor_has_them():
     """Else what follows, and every case in bfloat16, would silently test something else."""
-    if not {"amx_bf16", "avx512dq"} <= set(Path("/proc/cpuinfo").read_text().split()):
+    if not processor_has("amx_bf16", "avx512dq"):
         pytest.skip("this processor has no matrix tiles")
-    assert "avx512 with matrix tiles" in fakd_kernels.engines()["cpu"].reason
+    assert "amx_bf16" in fakd_kernels.engines()["cpu"].reason
+
+
+def test_dot_products_of_pairs_pass_the_same_rule():
+    """Which only processors without tiles choose by themselves."""
+    if not processor_has("avx512_bf16", "avx512dq"):
+        pytest.skip("this processor has no AVX512-BF16")
+    _run_cases_again(["linear_kl", "topk_kl"], {"FAKD_ISA": "avx512_bf16"}, "cpu-bf16")
 
 
 @pytest.mark.parametrize("products", ["packed", "library"])

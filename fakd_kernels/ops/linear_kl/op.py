@@ -119,11 +119,11 @@ def linear_kl(
         gradient of the logits of bfloat16 models is rounded to bfloat16, as tensor cores take it:
         relative errors of dW and dH of 2.2e-3 instead of 1.7e-3, where those of eager are 1.2e-2
         and 1.1e-2 (computed on a CPU). Partial sums of dW are rounded there for every 2 D tokens:
-        2.5e-3 for 4 D, 3.7e-3 at most. A CPU with matrix tiles (AMX-BF16) rounds it for dW alone:
-        2.4e-3. float16 and mixed models multiply in float32. Under autocast, states, heads and
-        biases are cast as `F.linear` casts them. Equal logits on both sides give a "kl" gradient of
-        exactly 0. A logit of -inf has probability 0; NaN reaches the loss.
-        Deterministic.
+        2.5e-3 for 4 D, 3.7e-3 at most. A CPU that multiplies bfloat16 (AMX, AMD's AVX512-BF16)
+        rounds it for dW alone: 2.4e-3. float16 and mixed models multiply in float32. Under
+        autocast, states, heads and biases are cast as `F.linear` casts them. Equal logits on both
+        sides give a "kl" gradient of exactly 0. A logit of -inf has probability 0; NaN reaches the
+        loss. Deterministic.
 
     Source:
         L_soft of arXiv 2412.19449; the generalised JSD is that of arXiv 2306.13649.
