@@ -46,7 +46,7 @@ Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room) {
 namespace {
 
 // The bits of bfloat16, to nearest, ties to even; NaN stays NaN.
-FAKD_TILED inline __attribute__((always_inline)) __m512i rounded(const __m512& x) {
+FAKD_WIDE inline __attribute__((always_inline)) __m512i rounded(const __m512& x) {
   const __m512i bits = _mm512_castps_si512(x), top = _mm512_srli_epi32(bits, 16);
   const __m512i half = _mm512_add_epi32(
       _mm512_and_si512(top, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
@@ -56,7 +56,7 @@ FAKD_TILED inline __attribute__((always_inline)) __m512i rounded(const __m512& x
 }
 
 // Pairs of two rows, 16 columns from a place on.
-FAKD_TILED inline __attribute__((always_inline)) __m512i pair(
+FAKD_WIDE inline __attribute__((always_inline)) __m512i pair(
     const uint16_t* even, const uint16_t* odd) {
   const __m512i low = _mm512_cvtepu16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
@@ -67,7 +67,7 @@ FAKD_TILED inline __attribute__((always_inline)) __m512i pair(
 
 }  // namespace
 
-FAKD_TILED void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out) {
+FAKD_WIDE void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out) {
   const int64_t depth = round_up(rows.rows, TILE_DEPTH), whole = rows.columns / TILE * TILE;
   const int64_t stride = out.depths() * TILE_ELEMENTS;  // from 16 columns to the next
   uint16_t* data = const_cast<uint16_t*>(out.data) + first * TILE;
@@ -89,7 +89,7 @@ FAKD_TILED void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs&
   }
 }
 
-FAKD_TILED SplitRows split_rows(const Matrix& from, Scratch& room) {
+FAKD_WIDE SplitRows split_rows(const Matrix& from, Scratch& room) {
   const int64_t depth = round_up(from.columns, TILE_DEPTH), rows = round_up(from.rows, TILE_DEPTH);
   const int64_t stride = 2 * depth;
   uint16_t* out = reserve(room, rows * stride);
@@ -112,7 +112,7 @@ FAKD_TILED SplitRows split_rows(const Matrix& from, Scratch& room) {
   return {row_major<uint16_t>(out, from.rows, from.columns, stride), depth};
 }
 
-FAKD_TILED void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride) {
+FAKD_WIDE void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride) {
   for (int64_t column = 0; column < round_up(from.columns, TILE_DEPTH); column += TILE) {
     for (int64_t row = 0; row < from.rows; row += TILE_DEPTH) {
       __m512i words[16];

@@ -13,7 +13,7 @@ namespace fakd {
 namespace {
 
 template <class Unit>
-void multiply_block(
+FAKD_WIDE void multiply_block(
     const Left& a, const Depths& depths, const Pairs& b, int64_t column, bool has_two_rows,
     const Results& out, bool is_added) {
   const bool has_two_columns = column + TILE < b.columns;
@@ -31,7 +31,7 @@ void multiply_block(
 }
 
 // A tile of results, `count` words of each of its `rows` columns, to rows of out.
-FAKD_TILED void store_transposed(
+FAKD_WIDE inline void store_transposed(
     const float* tile, float* out, int64_t stride, int64_t rows, int64_t count) {
   __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_load_si512(tile + i * TILE);
@@ -51,7 +51,7 @@ void fetch_tiles(const BfloatMatrix& a, int64_t row, int64_t begin, int64_t stri
 }
 
 template <class Unit>
-void multiply_split_by(
+FAKD_WIDE void multiply_split_by(
     const Matrix& out, const SplitRows& a, const Pairs& b, bool is_added) {
   alignas(64) float edge[2 * TILE * 2 * TILE];
   [[maybe_unused]] const typename Unit::Session session;
@@ -92,7 +92,7 @@ void multiply_split_by(
 }
 
 template <class Unit>
-void multiply_head_rows_by(const Matrix& out, const BfloatMatrix& a, const Pairs& b) {
+FAKD_WIDE void multiply_head_rows_by(const Matrix& out, const BfloatMatrix& a, const Pairs& b) {
   alignas(64) float results[4 * TILE * TILE];
   alignas(64) uint16_t last[2 * TILE_ELEMENTS];
   Scratch room;

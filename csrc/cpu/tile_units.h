@@ -8,6 +8,9 @@
 
 #ifdef FAKD_HAS_TILES
 
+#define FAKD_TILED __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
+#define FAKD_PAIRED __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl")))
+
 namespace fakd {
 
 // Two tiles of rows of the left operand, `bytes` from row to row; where it is a sum, the other part

@@ -12,11 +12,10 @@ constexpr int64_t TILE_ELEMENTS = TILE * TILE_DEPTH;
 
 #ifdef FAKD_HAS_TILES
 
-#define FAKD_TILED __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw")))
-#define FAKD_PAIRED __attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl")))
+#define FAKD_WIDE __attribute__((target("avx512f,avx512bw")))
 
 // In place: 16 rows of 16 words.
-FAKD_TILED inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
+FAKD_WIDE inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
