@@ -51,7 +51,9 @@ def _by_length(curve: dict, field: str):
         axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label_of(name))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(curve["tokens"], [str(tokens) for tokens in curve["tokens"]])
+    measured = zip(curve["tokens"], *curve[field].values(), strict=True)
+    ticks = [tokens for tokens, *values in measured if any(v is not None for v in values)]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set(xlabel="tokens T", ylabel=FIELDS[field][1], title=f"{curve['op']}, {curve['shape']}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -26,6 +26,7 @@ HEADLINES = (
     ("attention_kl", "B1 H8 T2048, causal", "float32"),
     ("attention_map_kl", "B8 H12 T512", "float32"),
     ("linear_kl", "N1024 V32000, 512 and 1024 wide", "float32"),
+    ("linear_kl", "N1024 V32000, 512 and 1024 wide", "bfloat16"),
     ("linear_kl", "N512 V151936, 256 and 512 wide", "float32"),
     ("logit_kl", "2048 x 32000", "float32"),
     ("topk_kl", "N1024 V32000, 512 wide, k 64", "float32"),
