@@ -11,7 +11,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from .harness import BOUNDS
-from .record import HEADINGS, label_of, newest
+from .record import label_of, newest, rivals
 
 # Contenders keep their colour in every drawing; fakd's engine is the first of its row.
 COLOURS = {"eager": "#b0b0b0", "compiled": "#7a9cc6", "liger": "#c6a15b", "limit": "#404040"}
@@ -22,7 +22,7 @@ TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
 FIELDS = {"times_ms": ("time", "time, ms"), "extra_peak_mb": ("memory", "extra peak memory, MB")}
 
 
-def names(record: dict, prefix: str = "", kind: str = "png") -> list[str]:
+def file_names(record: dict, prefix: str = "", kind: str = "png") -> list[str]:
     """Of the files that `draw` makes, in its order."""
     drawn = ["ratios"] if record["rows"] else []
     for curve in record["curves"]:
@@ -37,7 +37,7 @@ def draw(results: Path, folder: Path, prefix: str = "", kind: str = "png") -> li
     figures = [_ratios(record)] if record["rows"] else []
     for curve in record["curves"]:
         figures += [_by_length(curve, field) for field in FIELDS if field in curve]
-    paths = [folder / name for name in names(record, prefix, kind)]
+    paths = [folder / name for name in file_names(record, prefix, kind)]
     for figure, path in zip(figures, paths, strict=True):
         _save(figure, record, path)
     return paths
@@ -63,14 +63,12 @@ def _by_length(curve: dict, field: str):
 def _ratios(record: dict):
     """Bars from fakd's time to those of others, rightwards where fakd is faster; limits marked."""
     rows = record["rows"]
-    firsts = {next(iter(row["times_ms"])) for row in rows}
-    present = {name for row in rows for name in row["times_ms"]} - firsts
-    rivals = [name for name in HEADINGS if name in present - set(BOUNDS)]
+    timed = [name for name in rivals(rows) if name not in BOUNDS]
     figure, axes = plt.subplots(figsize=(9, 1.2 + INCH * len(rows)), layout="constrained")
-    height = 0.8 / len(rivals)
-    for place, name in enumerate(rivals):
+    height = 0.8 / len(timed)
+    for place, name in enumerate(timed):
         bars = [
-            (index + (place - (len(rivals) - 1) / 2) * height, _ratio(row, name))
+            (index + (place - (len(timed) - 1) / 2) * height, _ratio(row, name))
             for index, row in enumerate(rows)
             if name in row["times_ms"]
         ]

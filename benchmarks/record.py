@@ -78,6 +78,13 @@ def label_of(contender: str) -> str:
     return known.get(contender, f"fakd ({contender})")
 
 
+def rivals(rows: list[dict]) -> list[str]:
+    """The contenders beside fakd's own engine, in the order of tables."""
+    firsts = {next(iter(row["times_ms"])) for row in rows}
+    present = {name for row in rows for name in row["times_ms"]}
+    return [name for name in HEADINGS if name in present - firsts]
+
+
 def newest(device_type: str) -> Path | None:
     """The results file of the latest date on a kind of device, None without any."""
     paths = [

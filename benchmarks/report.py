@@ -7,17 +7,14 @@ import re
 from pathlib import Path
 
 from .harness import BOUNDS
-from .plots import draw, names
-from .record import HEADINGS, RESULTS, newest
+from .plots import draw, file_names
+from .record import HEADINGS, RESULTS, newest, rivals
 
 ROOT = Path(__file__).parents[1]
 README, PAGE = ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 DRAWINGS = RESULTS / "drawings"
 MARKS = ("<!-- benchmarks: written by python -m benchmarks.report -->\n", "<!-- end -->")
-NOT_YET = (
-    "On a GPU: not measured yet. [benchmarks/GPU.md](benchmarks/GPU.md) has what compilers say of\n"
-    "every kernel, and `make bench-gpu` measures on a card.\n"
-)
+NOT_YET = "On a GPU: not measured yet; `make bench-gpu` measures on a card.\n"
 # What README tells, as far as it was measured; the page has every row.
 HEADLINES = (
     ("feature_alignment", "12 x 4096 x 768, no projection", "float32"),
@@ -46,22 +43,19 @@ def headlines(path: Path) -> str:
     rows = [known[key] for key in HEADLINES if key in known]
     others = ["eager", "compiled", "liger"]
     table = _table("", rows, others, [f"`{row['op']}` {_name(row)}" for row in rows])
-    return "\n".join([_where(record, path) + ":", "", *table]) + "\n"
+    return "\n".join([_where(record) + ":", "", *table]) + "\n"
 
 
 def in_full(path: Path) -> str:
     """A table per op, a line per row, curves, and the drawings of both."""
     record = json.loads(path.read_text())
     figures = f"[figures](results/{path.name})"
-    lines = [f"## {record['environment']['device']}", "", f"{_where(record, path)} ({figures})."]
+    lines = [f"## {record['environment']['device']}", "", f"{_where(record)} ({figures})."]
     for name in drawing_names(path):
         lines += ["", f"![{name.removeprefix(path.stem)[1:-4]}](results/drawings/{name})"]
     for op in dict.fromkeys(row["op"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["op"] == op]
-        firsts = {next(iter(row["times_ms"])) for row in rows}
-        present = {name for row in rows for name in row["times_ms"]}
-        others = [name for name in HEADINGS if name in present - firsts]
-        lines += ["", *_table(f"`{op}`", rows, others, [_name(row) for row in rows])]
+        lines += ["", *_table(f"`{op}`", rows, rivals(rows), [_name(row) for row in rows])]
     for curve in record["curves"]:
         lines += ["", *_curve(curve)]
     return "\n".join(lines) + "\n"
@@ -69,10 +63,10 @@ def in_full(path: Path) -> str:
 
 def drawing_names(path: Path) -> list[str]:
     """The files that `draw` makes of a record."""
-    return names(json.loads(path.read_text()), f"{path.stem}-", "svg")
+    return file_names(json.loads(path.read_text()), f"{path.stem}-", "svg")
 
 
-def _where(record: dict, path: Path) -> str:
+def _where(record: dict) -> str:
     where = record["environment"]
     threads = "" if where.get("device_type") == "cuda" else f"{where['threads']} threads, "
     changes = " with local changes" if where["dirty"] else ""
@@ -99,11 +93,11 @@ def _curve(curve: dict) -> list[str]:
     return lines
 
 
-def _table(heading: str, rows: list[dict], others: list[str], names: list[str]) -> list[str]:
+def _table(heading: str, rows: list[dict], others: list[str], labels: list[str]) -> list[str]:
     """Times, ratios of medians and peak memory."""
     headings = [heading, "fakd", *[HEADINGS[name] for name in others], "extra peak memory"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    for row, words in zip(rows, names, strict=True):
+    for row, words in zip(rows, labels, strict=True):
         times = {name: spread["median"] for name, spread in row["times_ms"].items()}
         first = next(iter(times))
         peak = row["extra_peak_mb"]

@@ -73,7 +73,7 @@ void finish_projection(
   }
   for (int64_t row = 0; row < result.rows; ++row) {
     if (wide == nullptr) {  // no row counted
-      std::memset(row_address(result, row), 0, ds * element_bytes(result.dtype));
+      clear_row(result, row);
     } else if (result.dtype != Dtype::float32 || wide != result.data) {
       write_row(row_kernels(), wide + row * ds, result, row);
     }

@@ -9,8 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
-#include <vector>
 
 #include "head_products.h"
 #include "head_slices.h"
@@ -28,7 +26,7 @@ class HeadGradient {
       : kernels_(row_kernels()), grad_(grad), tokens_(tokens), block_(block) {
     if (!is_wanted()) return;
     if (tokens == 0) {
-      clear();
+      for (int64_t row = 0; row < grad.rows; ++row) clear_row(grad, row);
       return;
     }
     if (is_tiled) {
@@ -89,12 +87,6 @@ class HeadGradient {
  private:
   // Rows that are multiplied at a time: with them 32 rows of kept dS are used by all columns.
   static constexpr int64_t ROWS = 64;
-
-  void clear() {
-    for (int64_t row = 0; row < grad_.rows; ++row) {
-      std::memset(row_address(grad_, row), 0, grad_.columns * element_bytes(grad_.dtype));
-    }
-  }
 
   // Of so many tokens from the first of a block on: every block begins with a whole depth.
   int64_t columns_of(int64_t tokens) const {

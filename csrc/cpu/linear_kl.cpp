@@ -37,7 +37,14 @@ class LinearRun {
         has_teacher_(problem.teacher.hidden.data != nullptr), student_products_(problem.student),
         teacher_products_(problem.teacher), block_(choose_block()),
         grad_head_(problem.grad_head, student_products_.is_tiled(), count_, block_),
-        scratch_(slices_.workers()) {}
+        scratch_(slices_.workers()),
+        biases_{
+            bias_of(problem.student.bias, bias_rooms_[0]),
+            bias_of(problem.teacher.bias, bias_rooms_[1])} {
+    for (int64_t worker = 0; worker < torch::stable::get_num_threads(); ++worker) {
+      row_rooms_.push_back({{}, {problem.terms, problem.top}});
+    }
+  }
 
   void run() {
     zero_uncounted(problem_.grad_hidden, problem_.terms.row_weights);
@@ -80,6 +87,12 @@ class LinearRun {
            problem_.grad_bias.data != nullptr;
   }
 
+  // What a thread needs for rows of logits.
+  struct RowRoom {
+    OutputScratch scratch;
+    TopRow top;
+  };
+
   // Tokens in turn, and their hidden states as long as these are needed.
   struct Block {
     int64_t begin = 0, end = 0;
@@ -105,15 +118,9 @@ class LinearRun {
   }
 
   void run_rows(const Block& block) {
-    run_in_turn(block.tokens(), 1, [&](const auto& take) {
-      OutputScratch scratch;
-      const float* biases[2] = {
-          bias_of(problem_.student.bias, scratch.student),
-          bias_of(problem_.teacher.bias, scratch.teacher)};
-      TopRow top(problem_.terms, problem_.top);
-      for (int64_t index, end; take(index, end);) {
-        run_row(rows_.counted()[block.begin + index], index, biases, scratch, top);
-      }
+    const int64_t workers = std::min<int64_t>(int64_t(row_rooms_.size()), block.tokens());
+    run_tasks(block.tokens(), workers, [&](int64_t index, int64_t worker) {
+      run_row(rows_.counted()[block.begin + index], index, row_rooms_[worker]);
     });
   }
 
@@ -182,19 +189,17 @@ class LinearRun {
     return out;
   }
 
-  void run_row(
-      int64_t token, int64_t place, const float* const biases[2], OutputScratch& scratch,
-      TopRow& top) {
+  void run_row(int64_t token, int64_t place, RowRoom& room) {
     float* student = student_.get() + place * vocabulary_;
-    if (biases[0] != nullptr) kernels_.add_scaled(biases[0], 1.0f, vocabulary_, student);
-    ScoreRow row = rows_.row(token, scratch);
+    if (biases_[0] != nullptr) kernels_.add_scaled(biases_[0], 1.0f, vocabulary_, student);
+    ScoreRow row = rows_.row(token, room.scratch);
     row.student = row.grad = student;
     if (!has_teacher_) {
-      rows_.record(token, top.score(token, row, float(rows_.weight(token)), wants_grad()));
+      rows_.record(token, room.top.score(token, row, float(rows_.weight(token)), wants_grad()));
       return;
     }
     float* teacher = teacher_.get() + place * vocabulary_;
-    if (biases[1] != nullptr) kernels_.add_scaled(biases[1], 1.0f, vocabulary_, teacher);
+    if (biases_[1] != nullptr) kernels_.add_scaled(biases_[1], 1.0f, vocabulary_, teacher);
     row.teacher = row.spare = teacher;
     rows_.score(token, row, wants_grad());
   }
@@ -221,6 +226,9 @@ class LinearRun {
   Scratch student_, teacher_, student_hidden_[2], teacher_hidden_, grad_hidden_;
   HeadGradient grad_head_;
   std::vector<HeadScratch> scratch_;  // of each worker
+  std::vector<RowRoom> row_rooms_;    // likewise
+  Scratch bias_rooms_[2];
+  const float* biases_[2];  // of student and teacher
   std::vector<double> bias_sums_;
 };
 

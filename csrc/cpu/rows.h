@@ -76,12 +76,15 @@ inline Matrix fetch(
   return row_major(to, rows, columns);
 }
 
+inline void clear_row(const Rows& rows, int64_t row) {
+  std::memset(row_address(rows, row), 0, rows.columns * element_bytes(rows.dtype));
+}
+
 // Zeros where nothing counts: the rows of weight 0.
 inline void zero_uncounted(const Rows& rows, const float* weights) {
   if (rows.data == nullptr || weights == nullptr) return;
   for (int64_t row = 0; row < rows.rows; ++row) {
-    if (weights[row] != 0) continue;
-    std::memset(row_address(rows, row), 0, rows.columns * element_bytes(rows.dtype));
+    if (weights[row] == 0) clear_row(rows, row);
   }
 }
 

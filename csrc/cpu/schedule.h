@@ -57,18 +57,4 @@ void run_tasks(int64_t count, int64_t workers, const Work& work) {
   });
 }
 
-// Run `work(take)` on every thread: while `take(begin, end)` holds, these of `count` are its next.
-template <class Work>
-void run_in_turn(int64_t count, int64_t step, const Work& work) {
-  std::atomic<int64_t> next{0};
-  const auto take = [&](int64_t& begin, int64_t& end) {
-    begin = next.fetch_add(step);
-    end = std::min(count, begin + step);
-    return begin < count;
-  };
-  const int64_t turns = (count + step - 1) / step;
-  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), turns);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) { work(take); });
-}
-
 }  // namespace fakd

@@ -91,7 +91,7 @@ FAKD_WIDE void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& 
 
 FAKD_WIDE SplitRows split_rows(const Matrix& from, Scratch& room) {
   const int64_t depth = round_up(from.columns, TILE_DEPTH), rows = round_up(from.rows, TILE_DEPTH);
-  const int64_t stride = 2 * depth + TILE_DEPTH;  // not a power of two: rows would share lines of a cache
+  const int64_t stride = 2 * depth + TILE_DEPTH;  // not a power of two: rows would share a cache's sets
   uint16_t* out = reserve(room, rows * stride);
   for (int64_t row = 0; row < rows; ++row) {
     const float* x = from.data + row * from.row_stride;

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 import fakd_kernels
 from fakd_kernels import _engines
 from fakd_kernels.ops.feature_alignment.problem import choose_route, count_flops
+from tests.support.processor import processor_has
 
 
 def test_engines_lists_every_engine_with_a_reason():
@@ -113,7 +113,7 @@ def _run_cases_again(
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_older_instruction_sets_pass_the_same_rule(isa):
     """One binary serves every processor: run the cases again as an older one would."""
-    if isa == "avx2" and "avx2" not in Path("/proc/cpuinfo").read_text():
+    if isa == "avx2" and not processor_has("avx2"):
         pytest.skip("this processor has no AVX2, and nothing to test there")
     names = ["feature_alignment", "attention_kl"]
     # Without fused multiply-adds powers round once more: 3 of 252 cases of the other ops are up to
@@ -121,10 +121,6 @@ def test_older_instruction_sets_pass_the_same_rule(isa):
     if isa != "baseline":
         names += ["attention_map_kl", "logit_kl", "topk_kl"]
     _run_cases_again(names, {"FAKD_ISA": isa})
-
-
-def processor_has(*flags: str) -> bool:
-    return set(flags) <= set(Path("/proc/cpuinfo").read_text().split())
 
 
 def test_matrix_tiles_are_used_where_the_processor_has_them():
@@ -149,7 +145,7 @@ def test_dot_products_of_pairs_pass_the_same_rule():
 @pytest.mark.parametrize("products", ["packed", "library"])
 def test_products_of_either_kind_pass_the_same_rule(products):
     """Which are made depends on the processor: run the cases again with both."""
-    if "avx512dq" not in Path("/proc/cpuinfo").read_text():
+    if not processor_has("avx512dq"):
         pytest.skip("this processor has no AVX-512, and only the library's products")
     names = ["feature_alignment", "attention_kl", "linear_kl"]
     _run_cases_again(names, {"FAKD_PRODUCTS": products}, "cpu-f32")
