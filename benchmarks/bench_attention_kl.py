@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from fakd_kernels import attention_kl
 
 from .device import device, is_cuda
-from .harness import Step, compiled, float32_on_cpu
+from .harness import DTYPES, Step, compiled
 from .shapes import ATTENTION_SHAPES, AttentionShape
 
 OP = "attention_kl"
 SHAPES = ATTENTION_SHAPES
-TIMED = float32_on_cpu()
+TIMED = tuple(DTYPES)
 RIVALS = ("eager", "compiled", "limit")
 SIDE = 8192 if is_cuda() else 1024  # of the square product whose rate is the limit: one that fills
 # Of the curves over lengths: T, and the longest that eager is sure to fit.

@@ -3,55 +3,17 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "attention_kl.h"
+#include "attention_rows.h"
+#include "attention_tiles.h"
 #include "gemm.h"
 #include "memory.h"
 #include "product_sums.h"
 
 namespace fakd {
-
-// Which keys the counted tokens of one batch entry may attend to. Tokens of weight 0 are left out
-// from the start, so padding costs nothing and is never read.
-class Attended {
- public:
-  Attended(int64_t tokens, const float* row_weights, bool is_causal, int64_t window, int64_t batch)
-      : weights_(row_weights == nullptr ? nullptr : row_weights + batch * tokens),
-        tokens_(tokens, weights_), is_causal_(is_causal), window_(window) {}
-
-  int64_t count() const { return tokens_.count(); }
-  int64_t token(int64_t row) const { return tokens_[row]; }
-  const CountedRows& tokens() const { return tokens_; }
-  const float* weights() const { return weights_; }
-  double weight(int64_t row) const { return weights_ == nullptr ? 1.0 : weights_[tokens_[row]]; }
-
-  // Counted keys [first_key(row), last_key(row)) are those of a counted row; neither ever falls.
-  int64_t first_key(int64_t row) const {
-    return window_ < 0 ? 0 : lower_bound(tokens_[row] - window_ + 1);
-  }
-  int64_t last_key(int64_t row) const {
-    if (is_causal_) return row + 1;
-    return window_ < 0 ? count() : lower_bound(tokens_[row] + window_);
-  }
-
- private:
-  // The first counted row that is not before a position.
-  int64_t lower_bound(int64_t position) const {
-    int64_t low = 0, high = count();
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (tokens_[middle] < position) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  }
-
-  const float* weights_;
-  const CountedRows tokens_;
-  const bool is_causal_;
-  const int64_t window_;
-};
 
 // A key head and the query heads that use it.
 struct KeyUnit {
@@ -59,13 +21,14 @@ struct KeyUnit {
   std::vector<int64_t> query_heads;
 };
 
-constexpr int64_t ROWS_AHEAD = 12;
 constexpr int64_t PANELS_STAGED = 4;
+constexpr int64_t KEYS_STAGED = 4 * TILE_DEPTH;
 // Keys of a head, in floats, that are read where they lie rather than copied.
 constexpr int64_t LARGE_KEYS = 1 << 16;
 
 struct HeadsScratch {
   Scratch keys, panels, queries, scores, grad;
+  KeyTilesScratch tiles;
 };
 
 // Every unit has equally many query heads. Operands are copied side by side, in float32: products of
@@ -83,8 +46,16 @@ class AttentionHeads {
       key_rows_.push_back(k.at(batch, unit.key_head));
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
-    pack_keys(wants_query_grad);
-    scratch.queries.reserve(heads() * block_rows * width() + WIDEST_VECTOR);
+    const bool are_bfloat16 = q.dtype == Dtype::bfloat16 && k.dtype == Dtype::bfloat16;
+    if (are_bfloat16 && bfloat_unit() != BfloatUnit::none) {
+      tiles_.emplace(units(), attended.count(), width(), wants_query_grad, scratch.tiles);
+      pack_key_tiles();
+      // Tiles of the last rows are read whole.
+      scratch.queries.reserve((heads() * block_rows + 2 * TILE) * bits_stride() / 2);
+    } else {
+      pack_keys(wants_query_grad);
+      scratch.queries.reserve(heads() * block_rows * width() + WIDEST_VECTOR);
+    }
     scratch.scores.reserve(heads() * block_rows * stride);
   }
 
@@ -92,14 +63,20 @@ class AttentionHeads {
   int64_t heads() const { return units() * group_; }
   int64_t width() const { return q_.width; }
 
-  // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last); `first`
-  // is a multiple of the panel.
+  // Keys of a block begin at a multiple of it.
+  int64_t key_step() const {
+    return tiles_.has_value() ? TILE_DEPTH : std::max<int64_t>(1, kernels_.panel);
+  }
+
+  // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last).
   void compute_scores(int64_t begin, int64_t end, int64_t first, int64_t last) {
     begin_ = begin, rows_ = end - begin, first_ = first, last_ = last;
     // torch multiplies a stack in one call only if the result has no gaps. Without a stack gaps are
     // better: rows a power of two apart meet in few sets of the cache.
-    stride_ = units() > 1 ? last - first : padded_stride_;
-    pack(query_rows_, begin, end, rows_ * width(), scratch_.queries.get());
+    stride_ = units() > 1 && !tiles_.has_value() ? last - first : padded_stride_;
+    if (tiles_.has_value()) return multiply_query_tiles(begin, end, first);
+    copy_rows(
+        kernels_, attended_, query_rows_, begin, end, rows_, width(), scratch_.queries.get());
     if (kernels_.panel == 0) {
       multiply(scores(), this->queries(), keys().transposed());
       return;
@@ -120,17 +97,23 @@ class AttentionHeads {
   // From the row of one head to that of the next.
   int64_t head_stride() const { return rows_ * stride_; }
 
-  // With gradients in place of the scores: the queries' gradients of this block.
-  void write_query_grad(const Heads& grad) {
-    const int64_t first_head = units_[0].query_heads[0];
-    if (float* place = dense_rows(grad, first_head, heads(), begin_, rows_)) {
-      multiply_by_keys(place);
-      return;
+  // With gradients in place of the scores: the queries' gradients of this block; and the keys', [units,
+  // count, K], or what this block adds to them. Each may be absent.
+  void write_grads(const Heads& of_queries, float* of_keys, bool is_added) {
+    float *product = nullptr, *place = nullptr;
+    if (of_queries.data != nullptr) {
+      place = dense_rows(of_queries, units_[0].query_heads[0], heads(), begin_, rows_);
+      product = place != nullptr ? place : scratch_.grad.reserve(heads() * rows_ * width());
     }
-    float* product = scratch_.grad.reserve(heads() * rows_ * width());
-    multiply_by_keys(product);
+    if (tiles_.has_value()) {
+      multiply_gradient_tiles(product, of_keys, is_added);
+    } else {
+      if (product != nullptr) multiply_by_keys(product);
+      if (of_keys != nullptr) add_key_grad(of_keys, is_added);
+    }
+    if (product == place) return;
     for (int64_t head = 0; head < heads(); ++head) {
-      const Rows to = grad.at(batch_, units_[head / group_].query_heads[head % group_]);
+      const Rows to = of_queries.at(batch_, units_[head / group_].query_heads[head % group_]);
       for (int64_t row = 0; row < rows_; ++row, product += width()) {
         write_row(kernels_, product, to, attended_.token(begin_ + row));
       }
@@ -150,7 +133,52 @@ class AttentionHeads {
     return reinterpret_cast<float*>(row_address(first, attended_.token(begin)));
   }
 
-  // Likewise the keys' gradients, [units, count, K], or what this block adds to them.
+ private:
+  // Of rows in bfloat16: zeros stand behind each, to whole depths.
+  int64_t bits_stride() const { return round_up(width(), TILE_DEPTH); }
+  uint16_t* query_bits() const { return reinterpret_cast<uint16_t*>(scratch_.queries.get()); }
+  BfloatMatrix query_bits(int64_t unit) const {
+    const int64_t rows = group_ * rows_, stride = bits_stride();
+    return row_major<uint16_t>(query_bits() + unit * rows * stride, rows, width(), stride);
+  }
+
+  void pack_key_tiles() {
+    const int64_t count = attended_.count(), staged = std::min(count, KEYS_STAGED);
+    const int64_t stride = bits_stride();
+    auto* rows = reinterpret_cast<uint16_t*>(scratch_.keys.reserve(units() * staged * stride / 2));
+    for (int64_t begin = 0; begin < count; begin += staged) {
+      const int64_t end = std::min(begin + staged, count);
+      copy_rows(kernels_, attended_, key_rows_, begin, end, staged, stride, rows);
+      for (int64_t unit = 0; unit < units(); ++unit) {
+        const uint16_t* first = rows + unit * staged * stride;
+        tiles_->pack(unit, begin, row_major(first, end - begin, width(), stride));
+      }
+    }
+  }
+
+  void multiply_query_tiles(int64_t begin, int64_t end, int64_t first) {
+    copy_rows(kernels_, attended_, query_rows_, begin, end, rows_, bits_stride(), query_bits());
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      tiles_->multiply_queries(scores_of(unit), unit, query_bits(unit), first);
+    }
+  }
+
+  void multiply_gradient_tiles(float* of_queries, float* of_keys, bool is_added) {
+    const int64_t rows = group_ * rows_, size = attended_.count() * width();
+    for (int64_t unit = 0; unit < units(); ++unit) {
+      Matrix queries = {}, keys = {};
+      if (of_queries != nullptr) {
+        queries = row_major<float>(of_queries + unit * rows * width(), rows, width());
+      }
+      if (of_keys != nullptr) {
+        const float* place = of_keys + unit * size + first_ * width();
+        keys = row_major(place, last_ - first_, width());
+      }
+      tiles_->multiply_gradients(
+          scores_of(unit), unit, query_bits(unit), first_, queries, keys, is_added);
+    }
+  }
+
   void add_key_grad(float* grad, bool is_added) {
     const int64_t size = attended_.count() * width(), rows = group_ * rows_;
     if (!are_products_packed()) {
@@ -167,7 +195,6 @@ class AttentionHeads {
     }
   }
 
- private:
   // Of one unit's packed keys.
   int64_t panel_floats() const {
     return (attended_.count() + kernels_.panel - 1) / kernels_.panel * kernels_.panel * width();
@@ -218,8 +245,8 @@ class AttentionHeads {
     float* panels = scratch_.panels.reserve(kernels_.panel > 0 ? units() * panel_floats() : 0);
     for (int64_t begin = 0; begin < count; begin += staged) {
       const int64_t end = std::min(begin + staged, count);
-      // Read in order, asked for ahead of time, and only then turned: cold rows are slow to turn.
-      pack(key_rows_, begin, end, staged * width(), rows);
+      // Copied first, in order: cold rows are slow to turn.
+      copy_rows(kernels_, attended_, key_rows_, begin, end, staged, width(), rows);
       if (kernels_.panel == 0) continue;
       for (int64_t unit = 0; unit < units(); ++unit) {
         kernels_.pack_rows(
@@ -244,34 +271,6 @@ class AttentionHeads {
     return row_major(reinterpret_cast<const float*>(address), count, width(), rows.stride);
   }
 
-  // Rows of all heads, those of a head side by side and heads a stride apart. Read in the order they
-  // have in memory.
-  void pack(
-      const std::vector<Rows>& from, int64_t begin, int64_t end, int64_t stride, float* to) const {
-    const int64_t heads = int64_t(from.size()), rows = end - begin;
-    const bool is_interleaved =
-        heads > 1 && static_cast<char*>(from[1].data) - static_cast<char*>(from[0].data) <
-                         from[0].stride * int64_t(element_bytes(from[0].dtype));
-    const int64_t outer = is_interleaved ? rows : heads, inner = is_interleaved ? heads : rows;
-    for (int64_t i = 0; i < outer; ++i) {
-      for (int64_t j = 0; j < inner; ++j) {
-        const int64_t head = is_interleaved ? j : i, row = is_interleaved ? i : j;
-        pack_row(from[head], attended_.token(begin + row), to + head * stride + row * width());
-      }
-    }
-  }
-  void pack_row(const Rows& from, int64_t token, float* to) const {
-    if (from.dtype != Dtype::float32) {
-      kernels_.widen(row_address(from, token), from.dtype, from.columns, to);
-      return;
-    }
-    const float* row = reinterpret_cast<const float*>(row_address(from, token));
-    for (int64_t j = 0; j < from.columns; j += 16) {
-      __builtin_prefetch(row + ROWS_AHEAD * from.stride + j, 0, 2);
-    }
-    for (int64_t j = 0; j < from.columns; ++j) to[j] = row[j];
-  }
-
   const RowKernels& kernels_;
   const Heads& q_;
   const int64_t batch_;
@@ -279,6 +278,7 @@ class AttentionHeads {
   const std::vector<KeyUnit> units_;
   const int64_t group_, padded_stride_;
   HeadsScratch& scratch_;
+  std::optional<KeyTiles> tiles_;
   std::vector<Rows> key_rows_, query_rows_;  // of every unit, of every head
   bool is_copied_ = false;                   // the keys, as rows
   int64_t stride_ = 0;

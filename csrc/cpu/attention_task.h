@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "attention_blocks.h"
@@ -48,6 +49,7 @@ class TaskRun {
     const int64_t block_count = (attended_.count() + blocks_.rows - 1) / blocks_.rows;
     const int64_t first_block = block_count * task_.split / task_.splits;
     const int64_t last_block = block_count * (task_.split + 1) / task_.splits;
+    const int64_t key_step = std::lcm(student.key_step(), teacher.key_step());
     // The first block writes all of the keys' gradient if it meets all keys; else it adds to zeros.
     bool is_begun = first_block == last_block || pair_.is_causal || pair_.window >= 0;
     if (wants_key && is_begun) std::memset(grad_k, 0, student.units() * size * sizeof(float));
@@ -55,8 +57,7 @@ class TaskRun {
       const int64_t begin = block * blocks_.rows;
       const int64_t end = std::min(attended_.count(), begin + blocks_.rows);
       // From where packed keys begin; what lies before a row's own keys is cleared like the rest.
-      const int64_t panel = std::max<int64_t>(1, kernels_.panel);
-      const int64_t first = attended_.first_key(begin) / panel * panel;
+      const int64_t first = attended_.first_key(begin) / key_step * key_step;
       const int64_t last = attended_.last_key(end - 1);
       student.compute_scores(begin, end, first, last);
       teacher.compute_scores(begin, end, first, last);
@@ -68,9 +69,10 @@ class TaskRun {
         teacher.compute_scores(begin, end, first, last);
         log_mean_block(student, teacher, rows);
       }
-      if (wants_key || wants_query) clear_masked(student, rows);
-      if (wants_query) student.write_query_grad(pair_.grad_q);
-      if (wants_key) student.add_key_grad(grad_k, is_begun);
+      if (wants_grad()) {
+        clear_masked(student, rows);
+        student.write_grads(pair_.grad_q, grad_k, is_begun);
+      }
       is_begun = true;
     }
     if (wants_key && task_.grad_k == nullptr && !is_in_place) {

@@ -55,7 +55,7 @@ class HeadGradient {
         pairs_ = reserve_pairs(columns, hidden.columns, hidden_room_);
       }
       column_ = columns_of(first);
-      pack_pairs(split_rows(hidden, split_).high, column_, pairs_);
+      pack_pairs(round_rows(hidden, split_), column_, pairs_);
     } else if (are_products_packed()) {
       packed_ = pack_sum(kernels_, hidden, hidden_room_);
     }

@@ -39,7 +39,7 @@ class HeadProducts {
     hidden_ = hidden;
     if (hidden.rows == 0) return;
     if (is_tiled_) {
-      pairs_ = pack_transposed_pairs(split_rows(hidden, split_).high, room_);
+      pairs_ = pack_pairs(round_rows(hidden, split_).transposed(), room_);
     } else if (kernels_.panel > 0) {
       packed_ = room_.reserve(packed_size(kernels_, hidden.columns, hidden.rows));
       kernels_.pack_rows(hidden.data, hidden.row_stride, hidden.rows, hidden.columns, packed_);

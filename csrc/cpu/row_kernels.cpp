@@ -130,9 +130,9 @@ InstructionSet choose() {
       // their tables: not measured.
       const auto place = is_intel() ? usable.end() : usable.begin();
       usable.insert(place, {"avx512_bf16", &avx512::KERNELS, BfloatUnit::dots});
-    }
-    if (has_tiles()) {
-      usable.insert(usable.begin(), {"amx_bf16", &avx512::KERNELS, BfloatUnit::tiles});
+      if (has_tiles()) {
+        usable.insert(usable.begin(), {"amx_bf16", &avx512::KERNELS, BfloatUnit::tiles});
+      }
     }
 #endif
   }

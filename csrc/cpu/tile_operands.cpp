@@ -1,4 +1,4 @@
-// Operands of matrix tiles: pairs of rows, sums of two bfloat16, transposes.
+// Operands of matrix tiles: float32 rounded or split into bfloat16, pairs of rows, transposes.
 
 #include <algorithm>
 
@@ -11,12 +11,21 @@ uint16_t* reserve(Scratch& room, int64_t count) {
   return reinterpret_cast<uint16_t*>(room.reserve((count + 1) / 2));
 }
 
+// Rows of so many elements, and zeros. Not a power of two, or rows would share a cache's sets.
+struct Padded {
+  int64_t rows, stride;
+  uint16_t* data;
+
+  Padded(int64_t rows, int64_t elements, Scratch& room)
+      : rows(round_up(rows, TILE_DEPTH)), stride(elements + TILE_DEPTH),
+        data(reserve(room, this->rows * stride)) {}
+};
+
 }  // namespace
 
 Pairs reserve_pairs(int64_t rows, int64_t columns, Scratch& room) {
-  Pairs out = {nullptr, rows, columns};
-  out.data = reserve(room, out.depths() * TILE_DEPTH * round_up(columns, TILE));
-  return out;
+  const int64_t size = pairs_at(nullptr, rows, columns).size();
+  return pairs_at(reserve(room, size), rows, columns);
 }
 
 Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room) {
@@ -25,103 +34,130 @@ Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room) {
   return out;
 }
 
-Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room) {
-  const Pairs out = reserve_pairs(columns.columns, columns.rows, room);
-  const int64_t depth = out.depths() * TILE_DEPTH;
-  uint16_t* data = const_cast<uint16_t*>(out.data);
-  for (int64_t first = 0; first < out.columns; first += TILE, data += depth * TILE) {
-    for (int64_t k = 0; k < depth; ++k) {
-      uint16_t* to = data + k / 2 * 2 * TILE + k % 2;
-      for (int64_t lane = 0; lane < TILE; ++lane, to += 2) {
-        const bool is_inside = k < out.rows && first + lane < out.columns;
-        *to = is_inside ? columns.data[(first + lane) * columns.row_stride + k] : 0;
-      }
-    }
-  }
-  return out;
+BfloatMatrix transpose_rows(const BfloatMatrix& from, Scratch& room) {
+  const Padded out(from.columns, round_up(from.rows, TILE_DEPTH), room);
+  transpose_rows(from, out.data, out.stride);
+  return row_major<uint16_t>(out.data, from.columns, from.rows, out.stride);
 }
 
 #ifdef FAKD_HAS_TILES
 
 namespace {
 
-// The bits of bfloat16, to nearest, ties to even; NaN stays NaN.
-FAKD_WIDE inline __attribute__((always_inline)) __m512i rounded(const __m512& x) {
-  const __m512i bits = _mm512_castps_si512(x), top = _mm512_srli_epi32(bits, 16);
-  const __m512i half = _mm512_add_epi32(
-      _mm512_and_si512(top, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7FFF));
-  const __m512i nearest = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
-  const __m512i quiet = _mm512_or_si512(top, _mm512_set1_epi32(0x40));
-  return _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+FAKD_INLINE __mmask32 mask_of(int64_t count) {
+  return count >= TILE_DEPTH ? ~0u : count <= 0 ? 0 : (1u << count) - 1;
 }
 
-// Pairs of two rows, 16 columns from a place on.
-FAKD_WIDE inline __attribute__((always_inline)) __m512i pair(
-    const uint16_t* even, const uint16_t* odd) {
-  const __m512i low = _mm512_cvtepu16_epi32(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(even)));
-  const __m512i high = _mm512_cvtepu16_epi32(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)));
-  return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+FAKD_INLINE __m512i bits_of(__m512 first, __m512 second) {
+  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
+}
+
+// What bfloat16 leaves of 16 numbers; nothing of those that are not finite.
+FAKD_INLINE __m512 rest_of(__m512 x, __m256i bits) {
+  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+  const __m512i infinite = _mm512_set1_epi32(0x7F800000);
+  const __mmask16 is_finite =
+      _mm512_cmpneq_epi32_mask(_mm512_and_si512(wide, infinite), infinite);
+  return _mm512_maskz_sub_ps(is_finite, x, _mm512_castsi512_ps(wide));
+}
+
+// Two rows of 16 columns side by side; `count` columns of `rows` rows are there.
+FAKD_INLINE __m512i pair(const uint16_t* even, int64_t stride, int64_t rows, int64_t count) {
+  const __mmask32 mask = mask_of(std::min(count, TILE));
+  const __m512i low = _mm512_maskz_loadu_epi16(rows > 0 ? mask : 0, even);
+  const __m512i high = _mm512_maskz_loadu_epi16(rows > 1 ? mask : 0, even + stride);
+  return _mm512_or_si512(
+      _mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16));
+}
+
+// The transpose of sixteen vectors of words, `stride` from row to row.
+template <class Words>
+FAKD_INLINE void write_transposed(const Words& words_of, uint16_t* to, int64_t stride) {
+  __m512i words[TILE];
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; ++i) words[i] = words_of(i);
+  transpose(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < TILE; ++i) _mm512_storeu_si512(to + i * stride, words[i]);
+}
+
+FAKD_WIDE void pack_rows(const BfloatMatrix& rows, uint16_t* out, int64_t stride) {
+  for (int64_t k = 0; k < round_up(rows.rows, TILE_DEPTH); k += 2) {
+    const uint16_t* even = rows.data + k * rows.row_stride;
+    uint16_t* to = out + k * TILE;
+    for (int64_t column = 0; column < rows.columns; column += TILE, to += stride) {
+      _mm512_storeu_si512(
+          to, pair(even + column, rows.row_stride, rows.rows - k, rows.columns - column));
+    }
+  }
+}
+
+// Of a transpose.
+FAKD_WIDE void pack_columns(const BfloatMatrix& rows, uint16_t* out, int64_t stride) {
+  for (int64_t column = 0; column < rows.columns; column += TILE, out += stride) {
+    const uint16_t* from = rows.data + column * rows.column_stride;
+    uint16_t* to = out;
+    for (int64_t k = 0; k < rows.rows; k += TILE_DEPTH, to += TILE_ELEMENTS) {
+      const auto words = [&](int i) FAKD_WIDE __attribute__((always_inline)) {
+        const bool is_there = column + i < rows.columns;
+        const __mmask32 mask = is_there ? mask_of(rows.rows - k) : 0;
+        return _mm512_maskz_loadu_epi16(mask, from + i * rows.column_stride + k);
+      };
+      write_transposed(words, to, 2 * TILE);
+    }
+  }
+}
+
+// Rows rounded, and what is left of them, too, `low` elements further on if that is not 0.
+FAKD_WIDE void write_parts(const Matrix& from, const Padded& out, int64_t low) {
+  const int64_t depth = round_up(from.columns, TILE_DEPTH);
+  for (int64_t row = 0; row < out.rows; ++row) {
+    const float* x = from.data + row * from.row_stride;
+    uint16_t* to = out.data + row * out.stride;
+    for (int64_t j = 0; j < depth; j += TILE_DEPTH) {
+      const __mmask32 mask = row < from.rows ? mask_of(from.columns - j) : 0;
+      const __m512 first = _mm512_maskz_loadu_ps(__mmask16(mask), x + j);
+      const __m512 second = _mm512_maskz_loadu_ps(__mmask16(mask >> TILE), x + j + TILE);
+      const __m512i bits = bits_of(first, second);
+      _mm512_storeu_si512(to + j, bits);
+      if (low == 0) continue;
+      _mm512_storeu_si512(
+          to + low + j, bits_of(
+              rest_of(first, _mm512_castsi512_si256(bits)),
+              rest_of(second, _mm512_extracti64x4_epi64(bits, 1))));
+    }
+  }
 }
 
 }  // namespace
 
-FAKD_WIDE void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out) {
-  const int64_t depth = round_up(rows.rows, TILE_DEPTH), whole = rows.columns / TILE * TILE;
-  const int64_t stride = out.depths() * TILE_ELEMENTS;  // from 16 columns to the next
-  uint16_t* data = const_cast<uint16_t*>(out.data) + first * TILE;
-  alignas(64) const uint16_t zeros[TILE] = {};
-  for (int64_t k = 0; k < depth; k += 2) {
-    const uint16_t* even = k < rows.rows ? rows.data + k * rows.row_stride : nullptr;
-    const uint16_t* odd = k + 1 < rows.rows ? even + rows.row_stride : nullptr;
-    uint16_t* to = data + k * TILE;
-    for (int64_t j = 0; j < whole; j += TILE, to += stride) {
-      const __m512i words = pair(even == nullptr ? zeros : even + j, odd == nullptr ? zeros : odd + j);
-      _mm512_storeu_si512(to, words);
-    }
-    if (whole == rows.columns) continue;
-    for (int64_t lane = 0; lane < TILE; ++lane) {
-      const bool is_inside = whole + lane < rows.columns;
-      to[2 * lane] = is_inside && even != nullptr ? even[whole + lane] : 0;
-      to[2 * lane + 1] = is_inside && odd != nullptr ? odd[whole + lane] : 0;
-    }
-  }
+void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out) {
+  const auto pack = rows.column_stride == 1 ? pack_rows : pack_columns;
+  pack(rows, const_cast<uint16_t*>(out.data) + first * TILE, out.stride);
 }
 
-FAKD_WIDE SplitRows split_rows(const Matrix& from, Scratch& room) {
-  const int64_t depth = round_up(from.columns, TILE_DEPTH), rows = round_up(from.rows, TILE_DEPTH);
-  const int64_t stride = 2 * depth + TILE_DEPTH;  // not a power of two: rows would share a cache's sets
-  uint16_t* out = reserve(room, rows * stride);
-  for (int64_t row = 0; row < rows; ++row) {
-    const float* x = from.data + row * from.row_stride;
-    uint16_t* to = out + row * stride;
-    for (int64_t j = 0; j < depth; j += TILE) {
-      const int64_t count = row < from.rows ? std::clamp<int64_t>(from.columns - j, 0, TILE) : 0;
-      const __m512 value = _mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), x + j);
-      const __m512i high = rounded(value);
-      const __m512 rest = _mm512_sub_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
-      // What is not finite has no rest.
-      const __mmask16 is_finite = _mm512_cmplt_epi32_mask(
-          _mm512_and_si512(high, _mm512_set1_epi32(0x7FFF)), _mm512_set1_epi32(0x7F80));
-      const __m512i low = rounded(_mm512_maskz_mov_ps(is_finite, rest));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j), _mm512_cvtepi32_epi16(high));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + depth + j), _mm512_cvtepi32_epi16(low));
-    }
-  }
-  return {row_major<uint16_t>(out, from.rows, from.columns, stride), depth};
+SplitRows split_rows(const Matrix& from, Scratch& room) {
+  const int64_t depth = round_up(from.columns, TILE_DEPTH);
+  const Padded out(from.rows, 2 * depth, room);
+  write_parts(from, out, depth);
+  return {row_major<uint16_t>(out.data, from.rows, from.columns, out.stride), depth};
+}
+
+BfloatMatrix round_rows(const Matrix& from, Scratch& room) {
+  const Padded out(from.rows, round_up(from.columns, TILE_DEPTH), room);
+  write_parts(from, out, 0);
+  return row_major<uint16_t>(out.data, from.rows, from.columns, out.stride);
 }
 
 FAKD_WIDE void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride) {
   for (int64_t column = 0; column < round_up(from.columns, TILE_DEPTH); column += TILE) {
     for (int64_t row = 0; row < from.rows; row += TILE_DEPTH) {
-      __m512i words[16];
-      for (int i = 0; i < 16; ++i) {
-        const uint16_t* even = from.data + (row + 2 * i) * from.row_stride + column;
-        words[i] = pair(even, even + from.row_stride);
-      }
-      transpose(words);
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + (column + i) * stride + row, words[i]);
+      const uint16_t* first = from.data + row * from.row_stride + column;
+      const auto words = [&](int i) FAKD_WIDE __attribute__((always_inline)) {
+        return pair(first + 2 * i * from.row_stride, from.row_stride, 2, TILE);
+      };
+      write_transposed(words, to + column * stride + row, stride);
     }
   }
 }
@@ -130,6 +166,7 @@ FAKD_WIDE void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t st
 
 void pack_pairs(const BfloatMatrix&, int64_t, const Pairs&) {}
 SplitRows split_rows(const Matrix&, Scratch&) { return {}; }
+BfloatMatrix round_rows(const Matrix&, Scratch&) { return {}; }
 void transpose_rows(const BfloatMatrix&, uint16_t*, int64_t) {}
 
 #endif

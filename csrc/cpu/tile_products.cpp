@@ -57,36 +57,42 @@ FAKD_WIDE void multiply_split_by(
   [[maybe_unused]] const typename Unit::Session session;
   const BfloatMatrix& high = a.high;
   const int64_t bytes = high.row_stride * int64_t(sizeof(uint16_t));
-  for (int64_t row = 0; row < out.rows; row += 2 * TILE) {
+  const auto multiply = [&](int64_t row, int64_t column) FAKD_WIDE {
     const uint16_t* rows = high.data + row * high.row_stride;
     const Left left = {{rows, rows + TILE * high.row_stride}, bytes, a.low};
-    const bool has_two_rows = row + TILE < out.rows;
     const int64_t height = std::min(2 * TILE, out.rows - row);
+    const int64_t width = std::min(2 * TILE, out.columns - column);
+    float* place = const_cast<float*>(out.data) + row * out.row_stride + column;
+    const bool is_whole = height % TILE == 0 && width % TILE == 0;
+    float* to = is_whole ? place : edge;
+    const int64_t stride = is_whole ? out.row_stride : 2 * TILE;
+    if (is_whole) {
+      for (int64_t i = 0; i < height; ++i) {  // what comes next
+        __builtin_prefetch(place + i * stride + 2 * TILE, 1, 2);
+        __builtin_prefetch(place + i * stride + 3 * TILE, 1, 2);
+      }
+    } else if (is_added) {
+      std::memset(edge, 0, sizeof edge);
+      for (int64_t i = 0; i < height; ++i) {
+        std::memcpy(edge + i * stride, place + i * out.row_stride, width * sizeof(float));
+      }
+    }
+    const Results results = {
+        {to, to + TILE, to + TILE * stride, to + TILE * stride + TILE}, stride * int64_t(sizeof(float))};
+    multiply_block<Unit>(
+        left, {b.depths(), nullptr}, b, column, row + TILE < out.rows, results, is_added);
+    for (int64_t i = 0; i < height && !is_whole; ++i) {
+      std::memcpy(place + i * out.row_stride, edge + i * stride, width * sizeof(float));
+    }
+  };
+  // The longer side passes once, the operand of the other stays in a cache.
+  if (out.rows >= out.columns) {
+    for (int64_t row = 0; row < out.rows; row += 2 * TILE) {
+      for (int64_t column = 0; column < out.columns; column += 2 * TILE) multiply(row, column);
+    }
+  } else {
     for (int64_t column = 0; column < out.columns; column += 2 * TILE) {
-      const int64_t width = std::min(2 * TILE, out.columns - column);
-      float* place = const_cast<float*>(out.data) + row * out.row_stride + column;
-      const bool is_whole = height % TILE == 0 && width % TILE == 0;
-      float* to = is_whole ? place : edge;
-      const int64_t stride = is_whole ? out.row_stride : 2 * TILE;
-      if (is_whole) {
-        for (int64_t i = 0; i < height; ++i) {  // what comes next
-          __builtin_prefetch(place + i * stride + 2 * TILE, 1, 2);
-          __builtin_prefetch(place + i * stride + 3 * TILE, 1, 2);
-        }
-      } else if (is_added) {
-        std::memset(edge, 0, sizeof edge);
-        for (int64_t i = 0; i < height; ++i) {
-          std::memcpy(edge + i * stride, place + i * out.row_stride, width * sizeof(float));
-        }
-      }
-      const Results results = {
-          {to, to + TILE, to + TILE * stride, to + TILE * stride + TILE},
-          stride * int64_t(sizeof(float))};
-      multiply_block<Unit>(
-          left, {b.depths(), nullptr}, b, column, has_two_rows, results, is_added);
-      for (int64_t i = 0; i < height && !is_whole; ++i) {
-        std::memcpy(place + i * out.row_stride, edge + i * stride, width * sizeof(float));
-      }
+      for (int64_t row = 0; row < out.rows; row += 2 * TILE) multiply(row, column);
     }
   }
 }

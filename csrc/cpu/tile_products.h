@@ -15,34 +15,48 @@ constexpr int64_t TILE_DEPTH = 32;  // products that one instruction sums
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
+inline int64_t depths_of(int64_t rows) { return (rows + TILE_DEPTH - 1) / TILE_DEPTH; }
+
 // Rows of 16 columns each as tiles want them of their right operand: pairs of rows side by side, zeros
 // behind the last row and column.
 struct Pairs {
   const uint16_t* data;
   int64_t rows, columns;
+  int64_t stride;  // elements from 16 columns to the next
 
-  int64_t depths() const { return (rows + TILE_DEPTH - 1) / TILE_DEPTH; }
-  const uint16_t* tile(int64_t column) const {
-    return data + column / TILE * depths() * TILE * TILE_DEPTH;
+  int64_t depths() const { return depths_of(rows); }
+  int64_t size() const { return round_up(columns, TILE) / TILE * stride; }
+  const uint16_t* tile(int64_t column) const { return data + column / TILE * stride; }
+  // Those from `first` on, a multiple of TILE_DEPTH or of TILE.
+  Pairs some_rows(int64_t first, int64_t count) const {
+    return {data + first * TILE, count, columns, stride};
+  }
+  Pairs some_columns(int64_t first, int64_t count) const {
+    return {tile(first), rows, count, stride};
   }
 };
 
+inline Pairs pairs_at(const uint16_t* data, int64_t rows, int64_t columns) {
+  return {data, rows, columns, depths_of(rows) * TILE_DEPTH * TILE};
+}
 Pairs reserve_pairs(int64_t rows, int64_t columns, Scratch& room);
-// The rows from `first` on, a multiple of TILE_DEPTH, and zeros behind them to a whole depth.
+// Of row-major matrices and of transposes of such: rows from `first` on, a multiple of TILE_DEPTH, and
+// zeros behind them to a whole depth.
 void pack_pairs(const BfloatMatrix& rows, int64_t first, const Pairs& out);
 Pairs pack_pairs(const BfloatMatrix& rows, Scratch& room);
-// Of the transpose.
-Pairs pack_transposed_pairs(const BfloatMatrix& columns, Scratch& room);
 
-// Float32 as a sum of two bfloat16, good to 16 bits; zeros stand behind the last row and column, to
-// whole depths.
+// Float32 as a sum of two bfloat16, good to 16 bits.
 struct SplitRows {
   BfloatMatrix high = {};
   int64_t low = 0;  // elements from the high part of a row to its low part; 0: there is none
 };
 
+// What follows has zeros behind its last row and column, to whole depths.
 SplitRows split_rows(const Matrix& from, Scratch& room);
-// The transpose of such rows, which end alike, `stride` from row to row.
+// The high parts alone.
+BfloatMatrix round_rows(const Matrix& from, Scratch& room);
+// The transpose of such rows.
+BfloatMatrix transpose_rows(const BfloatMatrix& from, Scratch& room);
 void transpose_rows(const BfloatMatrix& from, uint16_t* to, int64_t stride);
 
 // out = a b, or out += a b.

@@ -12,10 +12,11 @@ constexpr int64_t TILE_ELEMENTS = TILE * TILE_DEPTH;
 
 #ifdef FAKD_HAS_TILES
 
-#define FAKD_WIDE __attribute__((target("avx512f,avx512bw")))
+#define FAKD_WIDE __attribute__((target("avx512f,avx512bw,avx512bf16")))
+#define FAKD_INLINE FAKD_WIDE inline __attribute__((always_inline))
 
 // In place: 16 rows of 16 words.
-FAKD_WIDE inline __attribute__((always_inline)) void transpose(__m512i r[16]) {
+FAKD_INLINE void transpose(__m512i r[16]) {
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);

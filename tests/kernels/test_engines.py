@@ -139,7 +139,8 @@ def test_dot_products_of_pairs_pass_the_same_rule():
     """Which only processors without tiles choose by themselves."""
     if not processor_has("avx512_bf16", "avx512dq"):
         pytest.skip("this processor has no AVX512-BF16")
-    _run_cases_again(["linear_kl", "topk_kl"], {"FAKD_ISA": "avx512_bf16"}, "cpu-bf16")
+    names = ["attention_kl", "linear_kl", "topk_kl"]
+    _run_cases_again(names, {"FAKD_ISA": "avx512_bf16"}, "cpu-bf16")
 
 
 @pytest.mark.parametrize("products", ["packed", "library"])
@@ -150,7 +151,8 @@ def test_products_of_either_kind_pass_the_same_rule(products):
     names = ["feature_alignment", "attention_kl", "linear_kl"]
     _run_cases_again(names, {"FAKD_PRODUCTS": products}, "cpu-f32")
     if products == "library":  # without matrix tiles, which come with packed products
-        _run_cases_again(["linear_kl", "topk_kl"], {"FAKD_PRODUCTS": products}, "cpu-bf16")
+        names = ["attention_kl", "linear_kl", "topk_kl"]
+        _run_cases_again(names, {"FAKD_PRODUCTS": products}, "cpu-bf16")
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ torch.ops.load_library(sys.argv[1])
 _extension.cpu_absent = lambda: None
 count = 0
 """
-FEATURES_AND_ATTENTION = """
+FEATURES = """
 from tests.support.cases import CASES, make_inputs
 for case in CASES:
     for dtypes in ((torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)):
@@ -32,9 +32,12 @@ for case in CASES:
                 loss = inputs.call(engine="cpu", route=route).loss
                 torch.autograd.grad(loss, list(inputs.leaves.values()))
                 count += 1
+"""
+ATTENTION = """
 from tests.support.attention_cases import CASES, make_inputs
+float32, float16, bfloat16 = torch.float32, torch.float16, torch.bfloat16
 for case in CASES:
-    for dtypes in ((torch.float32,), (torch.float16,), (torch.bfloat16, torch.float32)):
+    for dtypes in ((float32,), (float16,), (bfloat16,), (bfloat16, float32)):
         inputs = make_inputs(case, *dtypes)
         for distance in ("kl", "reverse_kl", "mse", "jsd"):
             loss = inputs.call(engine="cpu", distance=distance).loss
@@ -89,10 +92,10 @@ def test_address_and_undefined_behaviour_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0:alloc_dealloc_mismatch=0",
         "PYTHONPATH": str(ROOT),
     }
-    runs = {"": SETUP + FEATURES_AND_ATTENTION + OUTPUTS}
+    runs = {"": SETUP + FEATURES + ATTENTION + OUTPUTS}
     # What loads tiles is invisible to sanitizers; dot products on the same operands are not.
     if processor_has("avx512_bf16", "avx512dq"):
-        runs["avx512_bf16"] = SETUP + OUTPUTS
+        runs["avx512_bf16"] = SETUP + ATTENTION + OUTPUTS
     for isa, script in runs.items():
         result = subprocess.run(
             [sys.executable, "-c", script, library],
