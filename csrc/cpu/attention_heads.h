@@ -94,7 +94,8 @@ class AttentionHeads {
   float* score_row(int64_t head, int64_t row) {
     return scratch_.scores.get() + (head * rows_ + row) * stride_;
   }
-  // From the row of one head to that of the next.
+  // From a row to the next, and from the row of one head to that of the next.
+  int64_t score_stride() const { return stride_; }
   int64_t head_stride() const { return rows_ * stride_; }
 
   // With gradients in place of the scores: the queries' gradients of this block; and the keys', [units,

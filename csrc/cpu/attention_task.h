@@ -108,19 +108,31 @@ class TaskRun {
 
   void match_block(AttentionHeads& student, AttentionHeads& teacher, const Block& block) {
     float* slope = pair_.student.softcap > 0 ? scratch_.slope.reserve(blocks_.stride) : nullptr;
-    const int64_t first_head = task_.first_unit * pair_.group();
-    for (int64_t row = block.begin; row < block.end; ++row) {
-      const Range keys = keys_of(row, block);
-      const double weight = attended_.weight(row);
-      for (int64_t head = 0; head < student.heads(); ++head) {
-        float* scores = student.score_row(head, row - block.begin) + keys.first;
-        float* teacher_scores = teacher.score_row(head, row - block.begin) + keys.first;
-        const ScoreRow call = {
-            scores,        teacher_scores, scores, teacher_scores, slope, keys.last - keys.first,
-            pair_.student, pair_.teacher,  problem_.distance};
-        const float gain = float(weight * pair_.coefficient);
-        const ScoreValues values = kernels_.score_row(call, gain, 0, wants_grad());
-        task_.sums[first_head + head] += weight * values.distance;
+    const int64_t count = block.end - block.begin;
+    rows_.resize(count), gains_.resize(count), distances_.resize(count);
+    for (int64_t place = 0; place < count; ++place) {
+      gains_[place] = float(attended_.weight(block.begin + place) * pair_.coefficient);
+      ScoreRow& row = rows_[place];
+      row.slope = slope;
+      row.student_side = pair_.student, row.teacher_side = pair_.teacher;
+      row.distance = problem_.distance;
+      const Range keys = keys_of(block.begin + place, block);
+      row.n = keys.last - keys.first;
+      row.student_ahead = rows_at_once(row.n) * student.score_stride();
+      row.teacher_ahead = rows_at_once(row.n) * teacher.score_stride();
+    }
+    for (int64_t head = 0; head < student.heads(); ++head) {
+      for (int64_t place = 0; place < count; ++place) {
+        ScoreRow& row = rows_[place];
+        const int64_t first = keys_of(block.begin + place, block).first;
+        row.grad = student.score_row(head, place) + first;
+        row.spare = teacher.score_row(head, place) + first;
+        row.student = row.grad, row.teacher = row.spare;
+      }
+      kernels_.score_rows(rows_.data(), gains_.data(), count, wants_grad(), distances_.data());
+      double& sum = task_.sums[task_.first_unit * pair_.group() + head];
+      for (int64_t place = 0; place < count; ++place) {
+        sum += attended_.weight(block.begin + place) * distances_[place];
       }
     }
   }
@@ -263,6 +275,10 @@ class TaskRun {
   const Attended attended_;
   const Blocks blocks_;
   std::vector<float> inverse_sums_;
+  // Of the rows of a block.
+  std::vector<ScoreRow> rows_;
+  std::vector<float> gains_;
+  std::vector<double> distances_;
 };
 
 }  // namespace fakd

@@ -66,6 +66,7 @@ namespace avx512 {
 #define FAKD_MAX(a, b) _mm512_max_ps((__m512)(a), (__m512)(b))
 #define FAKD_LARGEST(a) _mm512_reduce_max_ps((__m512)(a))
 #define FAKD_SUM(a) _mm512_reduce_add_ps((__m512)(a))
+#define FAKD_FRACTION(a) _mm512_reduce_ps((__m512)(a), 8)  // a less the nearest integer
 #define FAKD_SCALE_BY_POWER(a, n) _mm512_scalef_ps((__m512)(a), (__m512)(n))
 #define FAKD_LOAD_LANES(rest, x, lanes) \
   _mm512_mask_loadu_ps((__m512)(rest), __mmask16((1u << (lanes)) - 1), x)
@@ -78,6 +79,7 @@ namespace avx512 {
 #undef FAKD_MAX
 #undef FAKD_LARGEST
 #undef FAKD_SUM
+#undef FAKD_FRACTION
 #undef FAKD_SCALE_BY_POWER
 #undef FAKD_LOAD_LANES
 #undef FAKD_STORE_LANES

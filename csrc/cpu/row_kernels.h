@@ -42,6 +42,10 @@ struct ScoreRow {
   int64_t student_ahead = 0, teacher_ahead = 0;  // to the rows that come next, to ask for them
 };
 
+// Rows that score_rows takes at once: short ones would wait for their sums longer than these take.
+constexpr int64_t SHORT_COLUMNS = 256, SHORT_ROWS = 8;
+inline int64_t rows_at_once(int64_t n) { return n <= SHORT_COLUMNS ? SHORT_ROWS : 1; }
+
 struct ScoreValues {
   double distance = 0, cross_entropy = 0;
 };
@@ -107,7 +111,10 @@ struct RowKernels {
   // The distance of a row and the cross-entropy with its label; their gradients, times gain and
   // label_gain, in one.
   ScoreValues (*score_row)(const ScoreRow& row, float gain, float label_gain, bool wants_grad);
-  // The same of up to `lanes` rows at once.
+  // The distances of some rows without labels; their gradients, times a gain each.
+  void (*score_rows)(
+      const ScoreRow* rows, const float* gains, int64_t count, bool wants_grad, double* distances);
+  // The same of up to `lanes` narrow rows at once.
   int64_t lanes;
   void (*narrow_kl_rows)(const NarrowRows& rows);
   // What follows takes base-2 logarithms of probabilities. From raw scores, which `out` may be; with
