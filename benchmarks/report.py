@@ -20,6 +20,7 @@ HEADLINES = (
     ("feature_alignment", "12 x 4096 x 768, no projection", "float32"),
     ("feature_alignment", "6 x 4096, 384 to 768", "float32"),
     ("attention_kl", "B8 H12 T512, 32 and 64 wide", "float32"),
+    ("attention_kl", "B8 H12 T512, 32 and 64 wide", "bfloat16"),
     ("attention_kl", "B1 H8 T2048, causal", "float32"),
     ("attention_map_kl", "B8 H12 T512", "float32"),
     ("linear_kl", "N1024 V32000, 512 and 1024 wide", "float32"),
