@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .record import label_of, newest, rivals
 COLOURS = {"eager": "#b0b0b0", "compiled": "#7a9cc6", "liger": "#c6a15b", "limit": "#404040"}
 OURS = "#b5402c"
 INCH = 0.42  # of height per bar group
-TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+MOST_TICKS = 9
 # Of a curve: what its file is named by, and how its axis is.
 FIELDS = {"times_ms": ("time", "time, ms"), "extra_peak_mb": ("memory", "extra peak memory, MB")}
 
@@ -81,8 +82,16 @@ def _ratios(record: dict):
     axes.plot(*zip(*marks, strict=True), "D", color=COLOURS["limit"], markersize=4, label="limit")
     axes.axvline(1, color=OURS, linewidth=1.5, label="fakd")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.22, 36)
-    axes.set_xticks(TICKS, [f"{tick:g}x" for tick in TICKS])
+    known = [
+        _ratio(row, name) for row in rows for name in (*timed, "limit") if name in row["times_ms"]
+    ]
+    ends = min(0.25, *known) / 1.15, max(4, *known) * 1.15
+    least, most = math.ceil(math.log2(ends[0])), math.floor(math.log2(ends[1]))
+    step = math.ceil((most - least + 1) / MOST_TICKS)
+    powers = [power for power in range(least, most + 1) if power % step == 0]
+    ticks = [2.0**power for power in powers]
+    axes.set_xlim(*ends)
+    axes.set_xticks(ticks, [f"{tick:.2g}x" for tick in ticks])
     labels = [f"{row['op']} {row['shape']}, {row['dtype']}" for row in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
