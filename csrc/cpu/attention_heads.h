@@ -31,9 +31,9 @@ struct HeadsScratch {
   KeyTilesScratch tiles;
 };
 
-// Every unit has equally many query heads. Operands are copied side by side, in float32: products of
-// rows that lie far apart take up to 1.3 times as long. Rows have room for a vector behind the last:
-// products read whole vectors.
+// Every unit has equally many query heads. Operands are copied side by side: products of rows that lie
+// far apart take up to 1.3 times as long. They are float32, with room for a vector behind the last, since
+// products read whole vectors; or bfloat16 where tiles multiply that.
 class AttentionHeads {
  public:
   AttentionHeads(

@@ -4,7 +4,8 @@
 // heads where heads are averaged; and all query rows, or a range of them where there are few tasks.
 // Blocks of query rows meet all keys they may attend to: one product per side gives the scores of
 // all heads of the block, which stay in the cache; row kernels turn them into the distance and its
-// gradient in place; two products give dQ and add to dK.
+// gradient in place; two products give dQ and add to dK. Products are float32, or of bfloat16 queries
+// and keys by tiles (attention_tiles.h).
 //
 // Per head, query row and allowed key: 2 (3 Ks + Kt) FLOPs and one power for each side. Averages of
 // heads that would underflow are taken again from logarithms. Rows and keys of weight 0 are left out
