@@ -33,6 +33,12 @@ CASES = (
     AttentionCase("causal", "keys up to the query", options={"causal": True}),
     AttentionCase("window", "keys on both sides", options={"window": 5}),
     AttentionCase("causal-window", "as Mistral", options={"causal": True, "window": 4}),
+    AttentionCase(
+        "far-window",
+        "blocks of queries that begin with different keys",
+        ((1, 230, (4, 2, 40), (4, 4, 33)),),
+        options={"causal": True, "window": 70},
+    ),
     AttentionCase("window-1", "every row sees itself alone", options={"window": 1}),
     AttentionCase("left", "padding on the left", mask="left", options={"causal": True}),
     AttentionCase("right", "padding on the right", mask="right", options={"causal": True}),

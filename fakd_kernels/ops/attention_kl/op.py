@@ -86,10 +86,10 @@ def attention_kl(
         Scores, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of
         their tensor; those of float16 tensors stay in float32 until backward. A CPU that multiplies
         bfloat16 (AMX, AMD's AVX512-BF16) rounds the gradient of the scores of bfloat16 models to
-        it: relative errors of dQ and dK of 1.8e-3 to 2.2e-3 instead of 1.7e-3, where those of eager
-        are 8e-3 to 1.2e-2. Equal scores on both sides give a gradient of exactly 0. Deterministic.
-        Tokens of weight 0 are not read by the C++ engine; on the reference engine they must be
-        finite.
+        it for dK alone: relative errors of dK of 1.8e-3 to 2.1e-3 instead of 1.7e-3, where those of
+        eager are 8e-3 to 1e-2. Equal scores on both sides give a gradient of exactly 0.
+        Deterministic. Tokens of weight 0 are not read by the C++ engine; on the reference engine
+        they must be finite.
 
     Source:
         L_att of arXiv 2412.19449, in our reading of it. The identity d KL / d s = A_S - A_T is the
