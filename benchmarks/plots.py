@@ -88,8 +88,7 @@ def _ratios(record: dict):
     ends = min(0.25, *known) / 1.15, max(4, *known) * 1.15
     least, most = math.ceil(math.log2(ends[0])), math.floor(math.log2(ends[1]))
     step = math.ceil((most - least + 1) / MOST_TICKS)
-    powers = [power for power in range(least, most + 1) if power % step == 0]
-    ticks = [2.0**power for power in powers]
+    ticks = [2.0**power for power in range(least, most + 1) if power % step == 0]
     axes.set_xlim(*ends)
     axes.set_xticks(ticks, [f"{tick:.2g}x" for tick in ticks])
     labels = [f"{row['op']} {row['shape']}, {row['dtype']}" for row in rows]

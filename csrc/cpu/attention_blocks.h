@@ -41,7 +41,7 @@ struct Blocks {
     const int64_t most = std::clamp(affordable, LEAST_ROWS, MOST_ROWS);
     const int64_t count = std::max<int64_t>(1, (tokens + most - 1) / most);
     // Whole tiles of products.
-    const int64_t step = pair.student_q.dtype == Dtype::bfloat16 ? 2 * TILE : 8;
+    const int64_t step = are_tiled(pair.student_q.dtype, pair.student_k.dtype) ? 2 * TILE : 8;
     rows = ((tokens + count - 1) / count + step - 1) / step * step;
     rows = std::max<int64_t>(1, std::min(tokens, rows));
     const int64_t most_units = std::clamp<int64_t>(affordable / rows, 1, key_heads);

@@ -46,8 +46,7 @@ class AttentionHeads {
       key_rows_.push_back(k.at(batch, unit.key_head));
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
-    const bool are_bfloat16 = q.dtype == Dtype::bfloat16 && k.dtype == Dtype::bfloat16;
-    if (are_bfloat16 && bfloat_unit() != BfloatUnit::none) {
+    if (are_tiled(q.dtype, k.dtype)) {
       tiles_.emplace(units(), attended.count(), width(), wants_query_grad, scratch.tiles);
       pack_key_tiles();
       // Tiles of the last rows are read whole.

@@ -118,21 +118,19 @@ class TaskRun {
       row.distance = problem_.distance;
       const Range keys = keys_of(block.begin + place, block);
       row.n = keys.last - keys.first;
+      row.grad = student.score_row(0, place) + keys.first;
+      row.spare = teacher.score_row(0, place) + keys.first;
       row.student_ahead = rows_at_once(row.n) * student.score_stride();
       row.teacher_ahead = rows_at_once(row.n) * teacher.score_stride();
     }
     for (int64_t head = 0; head < student.heads(); ++head) {
-      for (int64_t place = 0; place < count; ++place) {
-        ScoreRow& row = rows_[place];
-        const int64_t first = keys_of(block.begin + place, block).first;
-        row.grad = student.score_row(head, place) + first;
-        row.spare = teacher.score_row(head, place) + first;
-        row.student = row.grad, row.teacher = row.spare;
-      }
+      for (ScoreRow& row : rows_) row.student = row.grad, row.teacher = row.spare;
       kernels_.score_rows(rows_.data(), gains_.data(), count, wants_grad(), distances_.data());
       double& sum = task_.sums[task_.first_unit * pair_.group() + head];
       for (int64_t place = 0; place < count; ++place) {
         sum += attended_.weight(block.begin + place) * distances_[place];
+        rows_[place].grad += student.head_stride();
+        rows_[place].spare += teacher.head_stride();
       }
     }
   }

@@ -28,9 +28,7 @@ struct LogitGradient {
 class HeadProducts {
  public:
   explicit HeadProducts(const OutputHead& side)
-      : kernels_(row_kernels()), is_tiled_(
-            side.hidden.dtype == Dtype::bfloat16 && side.head.dtype == Dtype::bfloat16 &&
-            bfloat_unit() != BfloatUnit::none) {}
+      : kernels_(row_kernels()), is_tiled_(are_tiled(side.hidden.dtype, side.head.dtype)) {}
 
   bool is_tiled() const { return is_tiled_; }
 

@@ -184,6 +184,10 @@ const char* instruction_set();
 // What multiplies bfloat16 here: nothing, dot products of pairs (AVX512-BF16), matrix tiles (AMX-BF16).
 enum class BfloatUnit { none, dots, tiles };
 BfloatUnit bfloat_unit();
+// Whether operands of these two are multiplied by it as they are.
+inline bool are_tiled(Dtype a, Dtype b) {
+  return a == Dtype::bfloat16 && b == Dtype::bfloat16 && bfloat_unit() != BfloatUnit::none;
+}
 
 // Whether products of packed operands are made here, wherever the set has them: dH and dW of 1024 tokens,
 // 32000 x 512, took 506 ms by the library and 385 packed (2 cores of an AMD EPYC, 2026-11); attention

@@ -15,8 +15,6 @@ constexpr int64_t TILE_DEPTH = 32;  // products that one instruction sums
 
 inline int64_t round_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
 
-inline int64_t depths_of(int64_t rows) { return (rows + TILE_DEPTH - 1) / TILE_DEPTH; }
-
 // Rows of 16 columns each as tiles want them of their right operand: pairs of rows side by side, zeros
 // behind the last row and column.
 struct Pairs {
@@ -24,7 +22,7 @@ struct Pairs {
   int64_t rows, columns;
   int64_t stride;  // elements from 16 columns to the next
 
-  int64_t depths() const { return depths_of(rows); }
+  int64_t depths() const { return (rows + TILE_DEPTH - 1) / TILE_DEPTH; }
   int64_t size() const { return round_up(columns, TILE) / TILE * stride; }
   const uint16_t* tile(int64_t column) const { return data + column / TILE * stride; }
   // Those from `first` on, a multiple of TILE_DEPTH or of TILE.
@@ -37,7 +35,7 @@ struct Pairs {
 };
 
 inline Pairs pairs_at(const uint16_t* data, int64_t rows, int64_t columns) {
-  return {data, rows, columns, depths_of(rows) * TILE_DEPTH * TILE};
+  return {data, rows, columns, round_up(rows, TILE_DEPTH) * TILE};
 }
 Pairs reserve_pairs(int64_t rows, int64_t columns, Scratch& room);
 // Of row-major matrices and of transposes of such: rows from `first` on, a multiple of TILE_DEPTH, and
