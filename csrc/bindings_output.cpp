@@ -71,7 +71,7 @@ void linear_kl(
   problem.terms.student = {1.0f, float(student_softcap), inverse_temperature};
   problem.terms.teacher = {1.0f, float(teacher_softcap), inverse_temperature};
   problem.terms.distance = output_distance(distance);
-  problem.terms.jsd_beta = float(jsd_beta);
+  problem.terms.mixture = fakd::mixture_of(jsd_beta);
   problem.student = {rows_of(student_hidden), rows_of(student_head), pick(biases, places[0])};
   problem.teacher = {rows_of(teacher_hidden), rows_of(teacher_head), pick(biases, places[1])};
   problem.grad_hidden = pick(grads, places[2]);
@@ -94,7 +94,7 @@ void logit_kl(
   problem.terms.student = {1.0f, float(student_softcap), inverse_temperature};
   problem.terms.teacher = {1.0f, float(teacher_softcap), inverse_temperature};
   problem.terms.distance = output_distance(distance);
-  problem.terms.jsd_beta = float(jsd_beta);
+  problem.terms.mixture = fakd::mixture_of(jsd_beta);
   problem.student = rows_of(student_logits);
   problem.teacher = rows_of(teacher_logits);
   problem.grad = pick(grads, grads.empty() ? -1 : 0);

@@ -129,6 +129,11 @@ def teacher_heads_of(
         _validate.check_choice("heads", heads, ("match", "mean"))
         if heads == "mean":
             return []
+    elif not isinstance(heads, (list, tuple)):
+        raise TypeError(
+            "heads must be 'match', 'mean' or a list of ints: got "
+            f"{type(heads).__name__}; pass the teacher head of each student head."
+        )
     result: list[int] = []
     for index, (q, t) in enumerate(zip(student, teacher, strict=True)):
         chosen = list(range(q.shape[1])) if isinstance(heads, str) else list(heads)

@@ -8,9 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import _engines, _pairs
 
+_FORWARD = (
+    "fakd_kernels: forward-mode derivatives are not available, because the forward pass computes "
+    "gradients; use torch.autograd.grad, or the *_reference function."
+)
 _SECOND = (
     "fakd_kernels: second derivatives are not available, because gradients are computed in the "
     "forward pass; call backward without create_graph=True, or use the *_reference function."
@@ -69,6 +75,8 @@ def register_autograd(
             return None, None, grad_coefficients, *scaled
 
     def call(keyset: torch._C.DispatchKeySet, *arguments) -> tuple:
+        if forward_ad._current_level >= 0 and _has_tangent(arguments):
+            raise RuntimeError(_FORWARD)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return compute(keyset, arguments)
         inputs = arguments[coefficients_at], *leaves_of(arguments)
@@ -80,6 +88,11 @@ def register_autograd(
 
 
 _library = torch.library.Library("fakd", "FRAGMENT")
+
+
+def _has_tangent(arguments: tuple) -> bool:
+    tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def wanted(tensors: Sequence[Tensor | None], wants: Sequence[bool]) -> list[Tensor]:
@@ -100,12 +113,14 @@ def scale_gradients(grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtyp
             torch.ops.fakd.scale_gradient(grad, factor, dtype)
             for grad, dtype in zip(grads, dtypes, strict=True)
         ]
-    is_plain = type(factor) is Tensor and all(type(grad) is Tensor for grad in grads)
+    is_plain = all(type(tensor) is Tensor for tensor in (factor, *grads))
+    # Several losses at once, of is_grads_batched=True and the like, have a vector of factors.
+    is_plain = is_plain and not torch._C._functorch.is_legacy_batchedtensor(factor)
     if not is_plain or torch._C._autograd._get_current_graph_task_keep_graph():
         return [_scaled(grad, factor, dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     if factor.device.type == "cpu":
         value = factor.item()
-        if value != 1:
+        if value != 1 and grads:
             torch._foreach_mul_(grads, value)
         return [grad.to(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     is_double = any(grad.dtype == torch.float64 for grad in grads)

@@ -26,6 +26,7 @@ def check_labels(
         raise TypeError(
             f"ignore_index must be an int: got {type(ignore_index).__name__}; pass -100."
         )
+    _validate.check_tensor("labels", labels)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels must be int64: got {labels.dtype}; convert them with .long().")
     check_tokens("labels", labels, leading, device)
@@ -104,11 +105,7 @@ def check_values(labels: Tensor | None, row_weights: Tensor | None, vocab: int) 
     """Row weights and labels."""
     if row_weights is None or row_weights.device.type != "cpu":
         return
-    if not bool((row_weights >= 0).all()):
-        raise ValueError(
-            f"mask must hold weights >= 0: got a minimum of {float(row_weights.min())}; "
-            "clamp it, or pass a bool mask."
-        )
+    _validate.check_row_weights("mask", row_weights)
     if labels is None:
         return
     is_wrong = (row_weights != 0) & ((labels < 0) | (labels >= vocab))

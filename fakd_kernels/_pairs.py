@@ -31,7 +31,9 @@ def pick(tensors: Sequence[Tensor | None], index: int) -> Tensor | None:
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """Any strides, but a contiguous last axis."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.stride(-1) == 1 or tensor.shape[-1] == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an empty one
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -43,7 +45,7 @@ def autocast(tensor: Tensor | None) -> Tensor | None:
     """What F.linear does to an argument under autocast, and nothing elsewhere."""
     if tensor is None or tensor.dtype == torch.float64:
         return tensor
-    if not torch.is_autocast_enabled(tensor.device.type):
+    if tensor.device.type == "meta" or not torch.is_autocast_enabled(tensor.device.type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
@@ -88,6 +90,11 @@ def pair_weights_of(weights, count: int, device: torch.device, work: torch.dtype
                 "pass one weight per layer pair."
             )
         return weights.to(work)
+    if not isinstance(weights, (list, tuple)):
+        raise TypeError(
+            "pair_weights must be None, a list or a tensor [L]: got "
+            f"{type(weights).__name__}; pass one weight per layer pair."
+        )
     _validate.check_count("pair_weights", len(weights), count)
     for index, weight in enumerate(weights):
         _validate.check_number(f"pair_weights[{index}]", weight)
@@ -98,7 +105,8 @@ def check_normalizer(normalizer: float | Tensor | None, device: torch.device) ->
     if normalizer is not None:
         _validate.check_scalar("normalizer", normalizer, device)
         if not isinstance(normalizer, Tensor):
-            _validate.check_number("normalizer", normalizer, minimum=0.0)
+            # Its inverse must be a float32.
+            _validate.check_number("normalizer", normalizer, minimum=2.0**-127)
 
 
 def inverse(counts: Sequence[float | Tensor], like: Tensor, work: torch.dtype) -> Tensor:
@@ -170,6 +178,7 @@ def row_weights_of(mask: Tensor) -> Tensor:
 
 def check_mask(name: str, mask: Tensor) -> None:
     """bool, or float weights."""
+    _validate.check_tensor(name, mask)
     if mask.dtype != torch.bool:
         if not mask.is_floating_point():
             raise TypeError(

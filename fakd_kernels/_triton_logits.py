@@ -50,6 +50,13 @@ class Side(NamedTuple):
     padded: tl.tensor  # columns that may be read, vocab at least
 
 
+class Mixture(NamedTuple):
+    """Shares of both sides in that of "jsd", see `_triton_outputs.mixture_of`."""
+
+    teacher: tl.tensor
+    student: tl.tensor
+
+
 class Stats(NamedTuple):
     """Of rows, [BLOCK_N] each, over the tiles so far."""
 
@@ -182,26 +189,26 @@ def add_tile(stats, s, t, cols, label, scale, FORM: tl.constexpr):
 
 
 @triton.jit
-def against_middle(ratio, beta):
-    """log2(p / m) and log2(t / m), m = beta t + (1 - beta) p, from log2(p / t).
+def against_middle(ratio, mixture):
+    """log2(p / m) and log2(t / m) of their mixture m, from log2(p / t).
 
-    Neither overflows, and both are 0 where ratio is: the weights add up to exactly 1.
+    Neither overflows, and both are 0 where ratio is: the shares add up to exactly 1.
     """
-    of_student = 1 - beta
-    near = tl.where(ratio < 0, 1 - of_student, of_student)
-    common = -tl.log2(near + (1 - near) * tl.exp2(-tl.abs(ratio)))
+    larger = tl.where(ratio < 0, mixture.teacher, mixture.student)
+    smaller = tl.where(ratio < 0, mixture.student, mixture.teacher)
+    common = -tl.log2(larger + smaller * tl.exp2(-tl.abs(ratio)))
     return common + tl.minimum(ratio, 0.0), common - tl.maximum(ratio, 0.0)
 
 
 @triton.jit
-def middle_terms(stats, s, t, log_ratio, scale, beta):
+def middle_terms(stats, s, t, log_ratio, scale, mixture):
     """Of "jsd", in units of log 2: what a tile adds to KL(T || M) and KL(S || M), times the sum of
-    the side's exponentials and its weight; for the gradient exp(s) and (1 - beta) log(p / m)."""
+    the side's exponentials and its share; for the gradient exp(s), and S's share of log(p / m)."""
     below_s, below_t = s - stats.top_s[:, None], t - stats.top_t[:, None]
-    of_p, of_t = against_middle((below_s - below_t) * scale - log_ratio[:, None], beta)
-    by = (1 - beta) * of_p
+    of_p, of_t = against_middle((below_s - below_t) * scale - log_ratio[:, None], mixture)
+    by = mixture.student * of_p
     share_s = tl.exp2(below_s * scale)
-    of_teacher = tl.sum(weighed(tl.exp2(below_t * scale), beta * of_t), 1)
+    of_teacher = tl.sum(weighed(tl.exp2(below_t * scale), mixture.teacher * of_t), 1)
     return of_teacher, tl.sum(weighed(share_s, by), 1), share_s, by
 
 
@@ -246,7 +253,7 @@ class Gains(NamedTuple):
 
 @triton.jit
 def tile_gradient(
-    stats, s, t, bent, cols, label, balance, center, gains, scale, beta, FORM: tl.constexpr
+    stats, s, t, bent, cols, label, balance, center, gains, scale, mixture, FORM: tl.constexpr
 ):
     """d loss / d logits of a tile, as they were before their cap.
 
@@ -260,7 +267,7 @@ def tile_gradient(
         by = below_s - (t - stats.pivot[:, None]) - center[:, None]
         grad = weighed(tl.exp2(below_s * scale), by)
     else:
-        _t, _s, share, by = middle_terms(stats, s, t, balance, scale, beta)
+        _t, _s, share, by = middle_terms(stats, s, t, balance, scale, mixture)
         grad = weighed(share, by - center[:, None])
     grad *= gains.by_share[:, None]
     if FORM.has_labels:

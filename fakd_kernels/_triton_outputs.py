@@ -5,6 +5,7 @@ what is tested without a card is what runs on one. Imports Triton.
 """
 
 import contextlib
+import struct
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,7 @@ def rows_variant(
     tile = choose_tile(vocab)
     numbers = (
         *("inverse_temperature", "student_softcap", "inverse_student_softcap"),
-        *("teacher_softcap", "inverse_teacher_softcap", "beta"),
+        *("teacher_softcap", "inverse_teacher_softcap", "teacher_share", "student_share"),
     )
     signature = {
         "per_token_ptr": "*fp32",
@@ -172,7 +173,7 @@ def launch_rows(
         1 / terms.temperature,
         *cap_numbers(student.softcap),
         *cap_numbers(teacher.softcap),
-        terms.jsd_beta,
+        *mixture_of(terms.jsd_beta),
     )
 
 
@@ -192,6 +193,21 @@ def of_rows(terms: Terms, rows: slice) -> list[Tensor]:
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def mixture_of(beta: float) -> tuple[float, float]:
+    """The shares of teacher and student in the mixture of "jsd", beta and 1 - beta.
+
+    As float32 numbers they add up to exactly 1, and the smaller is rounded once, as in
+    csrc/common/mixture.h.
+    """
+    smaller = _float32(min(beta, 1 - beta))
+    larger = _float32(1 - smaller)
+    return (smaller, larger) if beta < 0.5 else (larger, smaller)
+
+
+def _float32(number: float) -> float:
+    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def cap_numbers(softcap: float | None) -> tuple[float, float]:

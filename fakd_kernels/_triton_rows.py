@@ -27,6 +27,7 @@ from ._triton_logits import (
     LN_2,
     LOG2_E,
     Gains,
+    Mixture,
     Side,
     add_tile,
     cross_entropy,
@@ -85,7 +86,8 @@ def rows_kernel(
     inverse_student_softcap,
     teacher_softcap,
     inverse_teacher_softcap,
-    beta,
+    teacher_share,
+    student_share,
     FORM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -125,6 +127,7 @@ def rows_kernel(
         teacher_ptrs, teacher_bias_ptr, teacher_softcap, inverse_teacher_softcap, vocab, padded
     )
     scale = inverse_temperature * LOG2_E
+    mixture = Mixture(teacher_share, student_share)
     stats = no_stats(BLOCK_N)
     # Rows that are all away need no sweep, only a gradient of 0.
     read = tl.max(is_kept.to(tl.int32), 0) * vocab
@@ -145,11 +148,11 @@ def rows_kernel(
                 _cols, s, t, bent = load_sides(
                     student, teacher, last - back, is_kept, BLOCK_V, FORM
                 )
-                more_t, more_s, _share, _by = middle_terms(stats, s, t, balance, scale, beta)
+                more_t, more_s, _share, _by = middle_terms(stats, s, t, balance, scale, mixture)
                 of_teacher += more_t
                 center += more_s
         else:
-            of_teacher, center, _share, _by = middle_terms(stats, s, t, balance, scale, beta)
+            of_teacher, center, _share, _by = middle_terms(stats, s, t, balance, scale, mixture)
         center /= stats.sum_s
         distance = (of_teacher / stats.sum_t + center) * LN_2
     ce = tl.zeros((BLOCK_N,), tl.float32)
@@ -167,12 +170,12 @@ def rows_kernel(
                 begin = place if FORM.distance == "jsd" else last - place
                 cols, s, t, bent = load_sides(student, teacher, begin, is_kept, BLOCK_V, FORM)
                 grad = tile_gradient(
-                    stats, s, t, bent, cols, label, balance, center, gains, scale, beta, FORM
+                    stats, s, t, bent, cols, label, balance, center, gains, scale, mixture, FORM
                 )
                 store_gradient(grad_ptrs, begin, cols, grad, is_row, is_kept, padded, FORM)
         else:
             grad = tile_gradient(
-                stats, s, t, bent, cols, label, balance, center, gains, scale, beta, FORM
+                stats, s, t, bent, cols, label, balance, center, gains, scale, mixture, FORM
             )
             store_gradient(grad_ptrs, 0, cols, grad, is_row, is_kept, padded, FORM)
 

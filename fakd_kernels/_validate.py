@@ -23,10 +23,7 @@ def as_list(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if len(values) == 0:
         raise ValueError(f"{name} must hold at least one layer pair: got an empty list; pass one.")
     for index, item in enumerate(values):
-        if not isinstance(item, Tensor):
-            raise TypeError(
-                f"{name}[{index}] must be a tensor: got {type(item).__name__}; pass a tensor."
-            )
+        check_tensor(f"{name}[{index}]", item)
     return list(values)
 
 
@@ -67,7 +64,13 @@ def check_count_of(name: str, received: int, expected: int, what: str) -> None:
         )
 
 
+def check_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor: got {type(tensor).__name__}; pass a tensor.")
+
+
 def check_float(name: str, tensor: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32 or float64: got {tensor.dtype}; "
@@ -126,11 +129,18 @@ def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None
     check_device(name, value, "student", device)
 
 
-def check_row_weights(row_weights: Sequence[Tensor]) -> None:
-    """Weights below zero or NaN. Reads the data, so CPU tensors only: a GPU would have to wait."""
+def check_masks(row_weights: Sequence[Tensor]) -> None:
     for index, weights in enumerate(row_weights):
-        if weights.device.type == "cpu" and not bool((weights >= 0).all()):
-            raise ValueError(
-                f"mask[{index}] must hold weights >= 0: got a minimum of {float(weights.min())}; "
-                "clamp it, or pass a bool mask."
-            )
+        check_row_weights(f"mask[{index}]", weights)
+
+
+def check_row_weights(name: str, weights: Tensor) -> None:
+    """Finite weights >= 0. Reads the data, so CPU tensors only: a GPU would have to wait."""
+    if weights.device.type != "cpu" or weights.numel() == 0:
+        return
+    least, most = (bound.item() for bound in weights.aminmax())
+    if not (least >= 0 and most < _INFINITY):  # NaN is neither
+        raise ValueError(
+            f"{name} must hold finite weights >= 0: got numbers from {least} to {most}; clamp it, "
+            "or pass a bool mask."
+        )

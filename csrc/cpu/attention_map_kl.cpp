@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "attention_heads.h"
@@ -73,13 +74,13 @@ class MapRows {
     const float* s = line_of(pair_.student, head, row, scratch.student);
     const float* t = line_of(pair_.teacher, teacher_head, row, scratch.teacher);
     if (!wants_grad()) {
-      return kernels_.compare_row(s, t, last - first, problem_.distance, 0.5f, 0, nullptr);
+      return kernels_.compare_row(s, t, last - first, problem_.distance, Mixture{}, 0, nullptr);
     }
     const Rows grad = pair_.grad.at(batch_, head);
     if (grad.dtype != Dtype::float32 || !is_run(first, last)) {
       float* out = scratch.student.reserve(pair_.student.tokens);
       const double value =
-          kernels_.compare_row(s, t, last - first, problem_.distance, 0.5f, gain, out);
+          kernels_.compare_row(s, t, last - first, problem_.distance, Mixture{}, gain, out);
       scatter(head, row, out, scratch.line);
       return value;
     }
@@ -87,7 +88,7 @@ class MapRows {
     const int64_t begin = attended_.token(first), end = attended_.token(last - 1) + 1;
     std::memset(out, 0, begin * sizeof(float));
     std::memset(out + end, 0, (grad.columns - end) * sizeof(float));
-    return kernels_.compare_row(s, t, end - begin, problem_.distance, 0.5f, gain, out + begin);
+    return kernels_.compare_row(s, t, end - begin, problem_.distance, Mixture{}, gain, out + begin);
   }
 
   // Keys that count, of one query row: where they lie, or gathered.
@@ -118,14 +119,14 @@ class MapRows {
     float gain = float(weight * pair_.coefficient / double(heads));
     if (!problem_.are_scores) {
       const double value = kernels_.compare_row(
-          map, teacher_map, n, problem_.distance, 0.5f, gain, wants_grad() ? map : nullptr);
+          map, teacher_map, n, problem_.distance, Mixture{}, gain, wants_grad() ? map : nullptr);
       for (int64_t head = 0; head < heads && wants_grad(); ++head) {
         scatter(head, row, map, scratch.line);
       }
       return value;
     }
     const double value =
-        kernels_.log_map_row(map, teacher_map, n, problem_.distance, 0.5f, wants_grad());
+        kernels_.log_map_row(map, teacher_map, n, problem_.distance, Mixture{}, wants_grad());
     gain *= problem_.inverse_temperature;
     float* spare = scratch.teacher.get();  // already averaged
     for (int64_t head = 0; head < heads && wants_grad(); ++head) {
@@ -170,7 +171,12 @@ class MapRows {
       }
     }
     if (problem_.are_scores) {
-      for (int64_t j = 0; j < n; ++j) out[j] = out[j] < LEAST_SCORE ? LEAST_SCORE : out[j];
+      int32_t is_any = n == 0;  // whether a score is no -inf: without one there are no probabilities
+      for (int64_t j = 0; j < n; ++j) {
+        is_any |= int32_t(out[j] > -std::numeric_limits<float>::infinity());
+        out[j] = out[j] < LEAST_SCORE ? LEAST_SCORE : out[j];
+      }
+      if (!is_any) out[0] = std::numeric_limits<float>::quiet_NaN();
     }
     return n;
   }

@@ -34,7 +34,7 @@ class LinearRun {
   explicit LinearRun(const LinearProblem& problem)
       : kernels_(row_kernels()), problem_(problem), rows_(problem.terms),
         count_(rows_.counted().count()), vocabulary_(problem.terms.vocabulary), slices_(vocabulary_),
-        has_teacher_(problem.teacher.hidden.data != nullptr), student_products_(problem.student),
+        has_teacher_(problem.teacher.head.rows > 0), student_products_(problem.student),
         teacher_products_(problem.teacher), block_(choose_block()),
         grad_head_(problem.grad_head, student_products_.is_tiled(), count_, block_),
         scratch_(slices_.workers()),

@@ -15,7 +15,7 @@ struct OutputTerms {
   float kl_coefficient = 0, label_coefficient = 0;
   ScoreSide student, teacher;
   ScoreDistance distance = ScoreDistance::kl;
-  float jsd_beta = 0.5f;
+  Mixture mixture = {};
   float* sums = nullptr;       // [2]: of the distance and of the cross-entropy
   float* per_token = nullptr;  // [N, 2]
 };

@@ -29,7 +29,7 @@ class OutputRows {
     row.student_side = terms_.student;
     row.teacher_side = terms_.teacher;
     row.distance = terms_.distance;
-    row.jsd_beta = terms_.jsd_beta;
+    row.mixture = terms_.mixture;
     if (terms_.student.softcap > 0) row.slope = scratch.slope.reserve(row.n);
     if (terms_.labels != nullptr) {
       row.label = terms_.labels[token];

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../common/mixture.h"
+
 namespace fakd {
 
 enum class Dtype { float32, float16, bfloat16 };
@@ -36,7 +38,7 @@ struct ScoreRow {
   int64_t n;
   ScoreSide student_side, teacher_side;
   ScoreDistance distance;
-  float jsd_beta = 0.5f;             // the mixture is beta T + (1 - beta) S
+  Mixture mixture = {};              // of jsd
   int64_t label = -1;                // -1: none
   float* label_powers = nullptr;     // room for n elements, where there is a label
   int64_t student_ahead = 0, teacher_ahead = 0;  // to the rows that come next, to ask for them
@@ -126,8 +128,8 @@ struct RowKernels {
       const float* x, int64_t heads, int64_t head_stride, int64_t n, float* out);
   // The distance, and in place of the teacher its derivative by the student's probabilities.
   double (*log_map_row)(
-      const float* student, float* teacher, int64_t n, ScoreDistance distance, float jsd_beta,
-      bool wants_grad);
+      const float* student, float* teacher, int64_t n, ScoreDistance distance,
+      const Mixture& mixture, bool wants_grad);
   // In place of logarithms the gradient by raw scores, from what log_map_row left in place of the
   // teacher and the student it saw; `products` is room for a row, the former or another.
   void (*softmax_gradient_row)(
@@ -145,8 +147,8 @@ struct RowKernels {
   // The distance of two rows of probabilities, numbers below 2^-126 counting as that; its derivative by
   // the student's, times gain, in `grad`, which may be the student or absent.
   double (*compare_row)(
-      const float* student, const float* teacher, int64_t n, ScoreDistance distance, float jsd_beta,
-      float gain, float* grad);
+      const float* student, const float* teacher, int64_t n, ScoreDistance distance,
+      const Mixture& mixture, float gain, float* grad);
   // out = cap tanh(scale x / cap), and its slope by scale x. `out` may be x.
   void (*cap_row)(const float* x, int64_t n, float scale, float cap, float* out, float* slope);
   // x *= factors, element by element.

@@ -95,7 +95,7 @@ void score_logits(
   all.student.softcap = float(student_softcap);
   all.teacher.softcap = float(teacher_softcap);
   all.inverse_temperature = float(1.0 / temperature);
-  all.beta = float(jsd_beta);
+  all.mixture = fakd::mixture_of(jsd_beta);
   STD_TORCH_CHECK(distance_of(distance) != Distance::mse, "mse is a distance of maps only.");
 
   const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
@@ -188,7 +188,6 @@ void score_maps(
   }
   ScoreParams all{};
   all.inverse_temperature = float(1.0 / temperature);
-  all.beta = 0.5f;
 
   const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
   // On the current stream as the launches are, so that they may be freed before they have run.

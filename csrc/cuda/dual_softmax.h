@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "../common/mixture.h"
 #include "launch_shape.h"
 
 namespace fakd::cuda {
@@ -55,7 +56,7 @@ struct ScoreParams {
   const int64_t* labels;  // of logits: [rows], or nullptr: no cross-entropy
   LogitSide student, teacher;
   float inverse_temperature;
-  float beta;  // of jsd: the teacher's share of the mixture
+  Mixture mixture;  // of jsd
   int32_t count;  // of lines
   int32_t blocks;
 };

@@ -32,15 +32,15 @@ __device__ __forceinline__ float sum_of(const float (&x)[OCTET]) {
   return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
 }
 
-// log2(p / m) and log2(t / m), m = beta t + (1 - beta) p, from log2(p / t). Neither overflows, and
-// both are 0 where the ratio is: the weights add up to exactly 1.
+// log2(p / m) and log2(t / m) of their mixture m, from log2(p / t). Neither overflows, and both are 0
+// where the ratio is.
 struct AgainstMiddle {
   float student, teacher;
 
-  __device__ __forceinline__ AgainstMiddle(float ratio, float beta) {
-    const float of_student = 1 - beta;
-    const float near = ratio < 0 ? 1 - of_student : of_student;
-    const float common = -log2f(near + (1 - near) * exp2f(-fabsf(ratio)));
+  __device__ __forceinline__ AgainstMiddle(float ratio, const Mixture& mixture) {
+    const float larger = ratio < 0 ? mixture.teacher : mixture.student;
+    const float smaller = ratio < 0 ? mixture.student : mixture.teacher;
+    const float common = -log2f(larger + smaller * exp2f(-fabsf(ratio)));
     student = common + (ratio < 0 ? ratio : 0.0f);
     teacher = common - (ratio > 0 ? ratio : 0.0f);
   }
@@ -48,12 +48,13 @@ struct AgainstMiddle {
 
 // What concerns all rows of a launch.
 struct Settings {
-  float inverse_temperature, beta;
+  float inverse_temperature;
+  Mixture mixture;
   float scale;  // of exponents of 2: log2(e) / temperature
   bool has_labels, is_warm;  // whether the cross-entropy has another temperature
 
   __device__ __forceinline__ explicit Settings(const ScoreParams& params)
-      : inverse_temperature(params.inverse_temperature), beta(params.beta),
+      : inverse_temperature(params.inverse_temperature), mixture(params.mixture),
         scale(params.inverse_temperature * LOG2_E), has_labels(params.labels != nullptr),
         is_warm(has_labels && params.inverse_temperature != 1) {}
 
@@ -192,8 +193,8 @@ struct RowDistance {
     if constexpr (DISTANCE == Distance::jsd) {
       const AgainstMiddle against = against_middle(s, t);
       const float share_t = by.template power<DISTANCE>(t - row.top_t);
-      sums[0] += weighed(share_t, by.beta * against.teacher);
-      sums[1] += weighed(share_s, (1 - by.beta) * against.student);
+      sums[0] += weighed(share_t, by.mixture.teacher * against.teacher);
+      sums[1] += weighed(share_s, by.mixture.student * against.student);
     } else {
       const float apart = difference(share_s, t);
       sums[0] += apart * apart;
@@ -228,7 +229,7 @@ struct RowDistance {
       return weighed(share, (s - row.top_s) - (t - row.pivot) - center);
     }
     if constexpr (DISTANCE == Distance::jsd) {
-      return weighed(share, (1 - by.beta) * against_middle(s, t).student - center);
+      return weighed(share, by.mixture.student * against_middle(s, t).student - center);
     }
     return share * (difference(share, t) / row.sum_s - center);
   }
@@ -241,7 +242,7 @@ struct RowDistance {
 
   __device__ __forceinline__ AgainstMiddle against_middle(float s, float t) const {
     const float apart = (s - row.top_s) - (t - row.top_t);
-    return AgainstMiddle(apart * by.scale - balance, by.beta);
+    return AgainstMiddle(apart * by.scale - balance, by.mixture);
   }
 };
 

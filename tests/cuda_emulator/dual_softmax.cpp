@@ -134,12 +134,14 @@ struct Problem {
       return;
     }
     distance = Distance(read_number(file));
-    float numbers[4];
+    float numbers[3];
     read(file, numbers, sizeof(numbers));
     all.inverse_temperature = numbers[0];
-    all.beta = numbers[1];
-    all.student.softcap = numbers[2];
-    all.teacher.softcap = numbers[3];
+    all.student.softcap = numbers[1];
+    all.teacher.softcap = numbers[2];
+    double beta;
+    read(file, &beta, sizeof(beta));
+    all.mixture = fakd::mixture_of(beta);
     const size_t rows = size_t(read_number(file)), width = size_t(read_number(file));
     all.student.bias = read_optional<float>(file, width);
     all.teacher.bias = read_optional<float>(file, width);

@@ -59,8 +59,8 @@ class EmulatedOutputs:
         jsd_beta,
         distance,
     ) -> None:
-        numbers = (1 / temperature, jsd_beta, student_softcap, teacher_softcap)
-        parts = [struct.pack("<qq4f", _LOGITS, distance, *numbers)]
+        numbers = (1 / temperature, student_softcap, teacher_softcap, jsd_beta)
+        parts = [struct.pack("<qq3fd", _LOGITS, distance, *numbers)]
         parts += [struct.pack("<qq", *student.shape), _optional(student_bias)]
         parts += [_optional(teacher_bias), _optional(labels), struct.pack("<q", 1)]
         student, teacher = student[None, None], teacher[None, None]
@@ -91,7 +91,7 @@ class EmulatedOutputs:
         distance,
     ) -> None:
         task = _SCORES if are_scores else _PROBABILITIES
-        parts = [struct.pack("<qq4f", task, distance, 1 / temperature, 0.5, 0, 0)]
+        parts = [struct.pack("<qq3fd", task, distance, 1 / temperature, 0, 0, 0.5)]
         parts += [struct.pack("<5qq", 0, 0, 0, 0, 0, len(student))]
         weights, wanted, heads = iter(row_weights), iter(grads), iter(teacher_heads)
         outputs = []

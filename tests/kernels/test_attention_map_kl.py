@@ -1,9 +1,11 @@
 """attention_map_kl on the reference and C++ engines, against the float64 formula."""
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fakd_kernels import attention_kl, attention_map_kl, explain
 from fakd_kernels.ops.attention_map_kl import attention_map_kl_reference
@@ -144,6 +146,40 @@ def test_masked_scores_may_be_minus_infinity(engine):
             got = attention_map_kl(*maps, inputs="scores", engine=engine).loss
             torch.testing.assert_close(got, want)
             assert torch.autograd.grad(got, maps[0])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("heads", ["match", "mean"])
+def test_scores_that_are_all_minus_infinity_have_no_probabilities(engine, heads):
+    maps = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
+    maps[0][0, 1, 2] = -torch.inf
+    for student, teacher in (maps, maps[::-1]):
+        options = {"inputs": "scores", "heads": heads, "engine": engine}
+        assert attention_map_kl(student, teacher, **options).loss.isnan()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("distance", ["kl", "reverse_kl", "jsd"])
+def test_averages_of_probabilities_however_small(engine, distance):
+    """What one side alone excludes, as models do, by adding a large negative number."""
+    maps = torch.randn(2, 1, 2, 5, 5, dtype=torch.float64).unbind()
+    maps[0][..., 0] = -1e4
+    for student, teacher in (maps, maps[::-1]):
+        log_s, log_t = (
+            (maps.log_softmax(-1).logsumexp(1) - math.log(2)) for maps in (student, teacher)
+        )
+        middle = torch.logaddexp(log_s, log_t) - math.log(2)
+        want = {
+            "kl": F.kl_div(log_s, log_t, log_target=True, reduction="none"),
+            "reverse_kl": F.kl_div(log_t, log_s, log_target=True, reduction="none"),
+            "jsd": sum(
+                F.kl_div(middle, log, log_target=True, reduction="none") / 2
+                for log in (log_s, log_t)
+            ),
+        }[distance]
+        options = {"inputs": "scores", "heads": "mean", "distance": distance, "engine": engine}
+        got = attention_map_kl(student.float(), teacher.float(), **options).loss
+        torch.testing.assert_close(got, want.sum(-1).mean().float())
 
 
 # Scores of which the second excludes what the first believes in, and their divergence.

@@ -51,12 +51,12 @@ BAD_CALLS = {
     "mask-negative": (
         _call(_x(4, 8), _x(4, 8), mask=torch.tensor([1.0, 1.0, -0.5, 1.0])),
         ValueError,
-        "weights >= 0: got a minimum of -0.5",
+        "finite weights >= 0: got numbers from -0.5 to 1.0",
     ),
     "mask-nan": (
         _call(_x(4, 8), _x(4, 8), mask=torch.tensor([1.0, 1.0, torch.nan, 1.0])),
         ValueError,
-        "weights >= 0",
+        "finite weights >= 0",
     ),
     "integers": (
         _call(torch.ones(4, 8, dtype=torch.int32), _x(4, 8)),

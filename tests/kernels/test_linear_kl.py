@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fakd_kernels import explain, linear_kl
+from fakd_kernels import explain, linear_kl, logit_kl
 from fakd_kernels.ops.linear_kl import linear_kl_reference
 from fakd_kernels.ops.linear_kl.arguments import lower
 from tests.support.output_cases import (
@@ -46,6 +46,15 @@ def test_replaces_what_the_docstring_says(engine):
     torch.testing.assert_close(got.ce, ce.detach())
     torch.testing.assert_close(got.per_token.mean(), got.loss.detach())
     assert got.tokens == student.shape[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_states_of_width_0_say_that_all_is_likely_alike(engine):
+    student = make_linear(CASES["plain"]).tensors
+    hidden, head = student["student_hidden"], student["student_head"]
+    got = linear_kl(hidden, head, hidden[..., :0], head[:, :0], engine=engine)
+    want = logit_kl(hidden @ head.T, torch.zeros(*hidden.shape[:-1], len(head)), engine=engine)
+    torch.testing.assert_close(got.loss, want.loss)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -96,9 +96,15 @@ BAD_CALLS = {
         _linear(mask=torch.ones(2, 6, 6).bool()), ValueError, "mask must have one entry per token"),
     "mask-int": (_linear(mask=_LABELS), TypeError, "mask must be bool or floating-point"),
     "mask-negative": (
-        _linear(mask=-torch.ones(2, 6)), ValueError, "mask must hold weights >= 0: got a minimum"),
+        _linear(mask=-torch.ones(2, 6)), ValueError, "mask must hold finite weights >= 0: got"),
     "mask-nan": (
-        _linear(mask=torch.full((2, 6), torch.nan)), ValueError, "mask must hold weights >= 0"),
+        _linear(mask=torch.full((2, 6), torch.nan)), ValueError, "mask must hold finite weights"),
+    "mask-infinite": (
+        _linear(mask=torch.full((2, 6), torch.inf)), ValueError, "got numbers from inf to inf"),
+    "mask-list": (_linear(mask=[True] * 12), TypeError, "mask must be a tensor: got list"),
+    "labels-list": (_linear(labels=[1] * 12), TypeError, "labels must be a tensor: got list"),
+    "no-teacher": (
+        _linear(teacher_hidden=None), TypeError, "teacher_hidden must be a tensor: got NoneType"),
     "temperature": (_linear(temperature=0.0), ValueError, "temperature must be greater than 0"),
     "distance": (_linear(distance="mse"), ValueError, "distance must be one of 'kl', 'reverse_kl'"),
     "beta-0": (_linear(jsd_beta=0.0), ValueError, "jsd_beta must be greater than 0"),
@@ -106,7 +112,8 @@ BAD_CALLS = {
     "softcap": (_linear(student_softcap=-1.0), ValueError, "student_softcap must be greater"),
     "teacher-softcap": (_linear(teacher_softcap=0.0), ValueError, "teacher_softcap must be gr"),
     "weight": (_linear(kl_weight=torch.ones(2)), ValueError, "kl_weight must be a number or a 0-d"),
-    "normalizer": (_linear(normalizer=0.0), ValueError, "normalizer must be greater than 0"),
+    "normalizer": (_linear(normalizer=0.0), ValueError, "normalizer must be greater than "),
+    "normalizer-tiny": (_linear(normalizer=1e-46), ValueError, "normalizer must be greater than "),
     "block": (_linear(block_bytes=0), ValueError, "block_bytes must be at least 1: got 0"),
     "block-float": (_linear(block_bytes=1e6), TypeError, "block_bytes must be None or an int"),
     "engine": (_linear(engine="fast"), ValueError, "engine must be one of"),

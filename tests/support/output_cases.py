@@ -98,6 +98,7 @@ DENSE_CASES = (
         options={**_CAPPED, "teacher_softcap": 30.0, **_CE},
     ),
     OutputCase("beta", "an uneven mixture", options={"jsd_beta": 0.1}),
+    OutputCase("beta-high", "hardly any of the student", options={"jsd_beta": 0.999}),
     OutputCase(
         "prefix-student",
         "a padded student",

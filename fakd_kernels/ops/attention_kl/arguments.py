@@ -131,7 +131,7 @@ def _check_pair(index: int, tensors: dict[str, Tensor], device: torch.device) ->
 
 def _scale(name: str, scale: float | None, width: int) -> float:
     if scale is None:
-        return width**-0.5
+        return width**-0.5 if width > 0 else 1.0
     _validate.check_number(name, scale)
     return float(scale)
 

@@ -131,7 +131,7 @@ torch.library.define(
 
 @torch.library.impl("fakd::attention_kl", "CompositeExplicitAutograd")
 def _attention_kl(*lowered):
-    _validate.check_row_weights(lowered[4])
+    _validate.check_masks(lowered[4])
     problem, chosen, grads = dispatch.resolve(*lowered)
     return _attention.fill(problem, dispatch.FILL[chosen], grads)
 

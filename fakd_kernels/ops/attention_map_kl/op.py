@@ -109,7 +109,7 @@ torch.library.define(
 
 @torch.library.impl("fakd::attention_map_kl", "CompositeExplicitAutograd")
 def _attention_map_kl(*lowered):
-    _validate.check_row_weights(lowered[2])
+    _validate.check_masks(lowered[2])
     problem, chosen, grads = dispatch.resolve(*lowered)
     return _attention.fill(problem, dispatch.FILL[chosen], grads)
 

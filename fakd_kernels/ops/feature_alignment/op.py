@@ -136,7 +136,7 @@ torch.library.define(
 
 @torch.library.impl("fakd::feature_alignment", "CompositeExplicitAutograd")
 def _feature_alignment(*lowered):
-    _validate.check_row_weights(lowered[4])
+    _validate.check_masks(lowered[4])
     problem, chosen, grads = dispatch.resolve(*lowered)
     dispatch.FILL[chosen](problem)
     return _pairs.loss_of(problem.coefficients, problem.sums), problem.sums, grads

@@ -11,6 +11,7 @@ from ...._triton_logits import (
     LN_2,
     LOG2_E,
     Gains,
+    Mixture,
     Stats,
     add_tile,
     against_middle,
@@ -20,7 +21,7 @@ from ...._triton_logits import (
 )
 
 LEAST_PROBABILITY = tl.constexpr(2.0**-126)  # as `problem.LEAST`
-_BETA = tl.constexpr(0.5)  # of "jsd"
+_HALF = tl.constexpr(0.5)  # of "jsd"
 
 
 @triton.jit
@@ -68,7 +69,8 @@ def second_sweep(stats, s, t, balance, inverse_temperature, FORM: tl.constexpr):
         value, center = tl.sum(gap * gap, 1), tl.sum(gap * share, 1)
     else:
         scale = inverse_temperature * LOG2_E
-        value, center, _share, _by = middle_terms(stats, s, t, balance, scale, _BETA)
+        mixture = Mixture(_HALF, _HALF)
+        value, center, _share, _by = middle_terms(stats, s, t, balance, scale, mixture)
     return value, center
 
 
@@ -94,7 +96,8 @@ def scores_gradient(
         grad = share * (gap / stats.sum_s[:, None] - center[:, None]) * gain[:, None]
     else:
         scale, gains = inverse_temperature * LOG2_E, Gains(gain, gain, gain)
-        grad = tile_gradient(stats, s, t, s, cols, 0, balance, center, gains, scale, _BETA, FORM)
+        mixture = Mixture(_HALF, _HALF)
+        grad = tile_gradient(stats, s, t, s, cols, 0, balance, center, gains, scale, mixture, FORM)
     return grad
 
 
@@ -161,7 +164,7 @@ def mean_terms(top_s, share_s, top_t, share_t, DISTANCE: tl.constexpr):
             by = ratio
             value = weighed(p, by)
         else:
-            of_p, of_t = against_middle(ratio, _BETA)
+            of_p, of_t = against_middle(ratio, Mixture(_HALF, _HALF))
             by = of_p * 0.5
             value = weighed(p, by) + weighed(t, of_t * 0.5)
     return value, by
