@@ -44,6 +44,14 @@ def token_mask(attention_mask: Tensor | None) -> Tensor | None:
     return None if attention_mask is None else attention_mask.bool()
 
 
+def predicted_tokens(mask: Tensor) -> Tensor:
+    """[B, T - 1]: the tokens after the first that count, and that one which counts predicts.
+
+    What a model predicts from padding, on the left of a text, is nobody's to learn.
+    """
+    return mask[:, 1:] & mask[:, :-1]
+
+
 def check_tokens(student: Tensor, teacher: Tensor) -> None:
     """Raise where two models did not see the same tokens."""
     if student.shape[:-1] != teacher.shape[:-1]:
@@ -66,8 +74,8 @@ def count_batch(
         ignore_index: of the loss of next tokens.
 
     Returns:
-        [] int64 for each of `COUNTS`: next tokens have a label, where there are labels; labels are
-        those of the student's own loss.
+        [] int64 for each of `COUNTS`: next tokens have a label, where there are labels, and one
+        that counts before them; labels are those of the student's own loss.
     """
     mask = token_mask(batch.get("attention_mask"))
     if mask is None:
@@ -78,7 +86,7 @@ def count_batch(
                 f"{sorted(batch)}; add one."
             )
         mask = torch.ones(given[0].shape[:2], dtype=torch.bool, device=given[0].device)
-    following = mask[:, 1:]
+    following = predicted_tokens(mask)
     if labels is not None and labels.shape == mask.shape:
         following = following & (labels[:, 1:] != ignore_index)
     rows = mask.new_full((), mask.shape[0], dtype=torch.int64)

@@ -22,7 +22,7 @@ from .batch import (
 from .capture import AttentionInputs, capture_attention, capture_hidden_states
 from .config import DistillConfig
 from .distribute import unsharded
-from .lm_head import check_lm_head, give_all_names, is_causal_lm, keep_one_name
+from .lm_head import body_of, give_all_names, is_causal_lm, keep_one_name
 from .losses import (
     AttentionKLLoss,
     FeatureAlignmentLoss,
@@ -33,7 +33,7 @@ from .losses import (
 )
 from .mapping import attention_pairs, layer_pairs
 from .outputs import compare_outputs, stored_states, take_stored
-from .terms import build_losses, check_pairs
+from .terms import build_losses, check_output, check_pairs, check_stored
 from .weighting import Weighting
 
 
@@ -128,21 +128,10 @@ class Distiller(nn.Module):
         self.block_paths = (student_path, teacher_path)
         self.top_k = top_k
         self.weighting = weighting or Weighting()
-        if isinstance(output, LinearKLLoss | TopKKLLoss):
-            for model in (student, teacher):
-                if model is not None:
-                    check_lm_head(model)
+        check_output(output, teacher, student)
         self.output = output
         if teacher is None:
-            losses = [("attention", attention)]
-            losses += [("feature", feature)] if isinstance(mapping, str) else []
-            losses += [] if isinstance(output, LogitKLLoss | TopKKLLoss) else [("output", output)]
-            for name, loss in losses:
-                if loss is not None:
-                    raise ValueError(
-                        f"{name} must come with a teacher: got teacher=None; pass a teacher, or "
-                        f"drop {name} to train on labels alone."
-                    )
+            check_stored(mapping, feature, attention, output)
             if feature is not None:
                 self.feature, self.pairs = feature, list(mapping)
                 check_pairs("feature", feature, self.pairs)
@@ -252,7 +241,8 @@ class Distiller(nn.Module):
                 logs |= {name: share[counted] * log for name, log in loss.logs(result).items()}
         task = getattr(output, "loss", None)
         if task is not None and self.task_weight > 0:
-            task = share["labels"] * task
+            # Losses of labels by other names are means over texts.
+            task = share["labels" if labels is not None else "rows"] * task
             losses.append(self.task_weight * task)
             logs |= {"task": task.detach(), "weighted_task": losses[-1].detach()}
         if labels is not None and task is None and not self._is_headless:
@@ -278,7 +268,7 @@ class Distiller(nn.Module):
 
     def _run(self, model: nn.Module, batch: dict, labels: Tensor | None = None) -> object:
         """One model on a batch, with its head or without."""
-        model = model.base_model if self._is_headless else model
+        model = body_of(model) if self._is_headless else model
         entries = accepted_entries(model, batch, others=(self.student, self.teacher))
         if "use_cache" in argument_names(model):
             entries.setdefault("use_cache", False)  # keys and values that nobody would read
@@ -330,6 +320,14 @@ class Distiller(nn.Module):
                 )
                 inputs = contexts.enter_context(capture)
             yield states, inputs
+
+    def activation_checkpointing_enable(self, **options) -> None:
+        """Of the student, as the Hugging Face Trainer asks for it."""
+        self.student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options) -> None:
+        """The same by its name in older releases."""
+        self.student.gradient_checkpointing_enable(**options)
 
     def train(self, mode: bool = True) -> "Distiller":
         """Switch the student's mode; the teacher stays in eval."""

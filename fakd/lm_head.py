@@ -38,6 +38,13 @@ def is_causal_lm(model: nn.Module) -> bool:
     )
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """A causal LM without its head: where adapters (peft) wrap it, the layers that hold them."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return model.base_model
+
+
 def find_lm_head(model: nn.Module) -> LMHead:
     """The head of a Hugging Face causal LM: tied or not, biased, scaled or capped.
 
@@ -47,8 +54,9 @@ def find_lm_head(model: nn.Module) -> LMHead:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"{type(model).__name__} must have a linear LM head: got {type(head).__name__}; pass a "
-            "model for causal language modelling."
+            f"{type(model).__name__} must have an LM head that is a torch.nn.Linear, without "
+            f"adapters: got {type(head).__module__}.{type(head).__name__}; pass a model for causal "
+            "language modelling."
         )
     config = model.config.get_text_config()
     factor = 1.0
@@ -93,7 +101,7 @@ def check_lm_head(model: nn.Module) -> None:
     model.eval()
     device = model.get_input_embeddings().weight.device
     ids = torch.tensor([[0, 1]], device=device)
-    hidden = model.base_model(input_ids=ids)[0]
+    hidden = body_of(model)(input_ids=ids)[0]
     own = model(input_ids=ids).logits
     model.train(was_training)
     found = find_lm_head(model).logits(hidden)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fakd_kernels import LinearKL, LogitKL, TopKKL
 
-from .batch import check_tokens
+from .batch import check_tokens, predicted_tokens
 from .lm_head import find_lm_head
 from .losses import LinearKLLoss, LogitKLLoss, TopKKLLoss
 
@@ -67,7 +67,10 @@ def compare_outputs(
         names = ("teacher_indices", "teacher_logprobs")
         compared = TopEntries(*(_stored(theirs, name) for name in names))
     elif isinstance(loss, TopKKLLoss):
-        compared = top_entries(their_model, theirs[0], top_k)
+        vocabulary = None
+        if loss.vocab == "prefix":
+            vocabulary = find_lm_head(our_model).weight.shape[0]
+        compared = top_entries(their_model, theirs[0], top_k, vocabulary)
     else:
         compared = their_model, theirs[0]
     return compare_next_tokens(loss, (our_model, ours[0]), compared, labels, mask), "next_tokens"
@@ -94,7 +97,7 @@ def compare_next_tokens(
     # Each token predicts the next: the last has nothing to predict, the first nobody.
     options = {
         "labels": None if labels is None else labels[:, 1:],
-        "mask": None if mask is None else mask[:, 1:],
+        "mask": None if mask is None else predicted_tokens(mask),
         "student_bias": ours.bias,
         "student_softcap": ours.softcap,
     }
@@ -115,24 +118,28 @@ def compare_next_tokens(
 
 
 @torch.no_grad()
-def top_entries(model: nn.Module, hidden: Tensor, count: int, rows: int = 256) -> TopEntries:
+def top_entries(
+    model: nn.Module, hidden: Tensor, count: int, vocabulary: int | None = None, rows: int = 256
+) -> TopEntries:
     """The likeliest next tokens of a causal LM.
 
     Args:
         model: the language model.
         hidden: what enters its head, [B, T, D].
         count: entries per token, at most the vocabulary.
+        vocabulary: the first so many entries are all that exist; None: those of the model.
         rows: tokens at a time, so that logits exist for so many and no more.
     """
     head = find_lm_head(model)
-    vocabulary = head.weight.shape[0]
+    vocabulary = min(vocabulary or head.weight.shape[0], head.weight.shape[0])
     if not 1 <= count <= vocabulary:
         raise ValueError(
             f"top_k must be from 1 to {vocabulary}, the vocabulary: got {count}; change it."
         )
     parts = []
     for part in hidden.flatten(0, -2).split(rows):
-        parts.append(head.logits(part).float().log_softmax(-1).topk(count))
+        logits = head.logits(part)[:, :vocabulary]
+        parts.append(logits.float().log_softmax(-1).topk(count))
     shape = (*hidden.shape[:-1], count)
     logprobs, indices = (torch.cat(each).view(shape) for each in zip(*parts, strict=True))
     return TopEntries(indices, logprobs)

@@ -66,7 +66,8 @@ def build(config: RunConfig) -> Parts:
             check_packing(model)
         if model.config.pad_token_id is None:
             model.config.pad_token_id = tokenizer.pad_token_id
-    losses = build_losses(config.distill, teacher, student)
+    # Of one tokenizer, so their heads differ in padding at most.
+    losses = build_losses(config.distill, teacher, student, vocab="prefix")
     cache = None
     if config.teacher_cache is not None:
         cache = TeacherCache(config.teacher_cache)

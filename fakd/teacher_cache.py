@@ -27,6 +27,7 @@ from .capture import capture_hidden_states
 from .config_file import ConfigError
 from .data import lengths
 from .files import digest, sync, write_whole
+from .lm_head import body_of
 from .outputs import top_entries
 
 MANIFEST = "manifest.json"
@@ -259,7 +260,7 @@ def _predict(
     batch = send_to_device(collator([rows[index] for index in indices]), device)
     batch.pop("labels", None)
     is_lm = identity.task == "causal_lm"
-    model = teacher.base_model if is_lm else teacher
+    model = body_of(teacher) if is_lm else teacher
     entries = accepted_entries(model, batch, others=(teacher,))
     if "use_cache" in argument_names(model):
         entries["use_cache"] = False

@@ -151,7 +151,12 @@ class LogitKLLoss(_OutputLoss):
         mask: Tensor | None = None,
         normalizer: float | Tensor | None = None,
     ) -> LogitKL:
-        """Compute the loss of logits [N, C] or [B, T, V]."""
+        """Compute the loss of logits [N, C] or [B, T, V], of two classes at least."""
+        if student_logits.shape[-1] == 1:
+            raise ValueError(
+                "student_logits must be of at least 2 classes: got 1, as of a regression, whose "
+                "softmax is 1 whatever it predicts; align its features instead."
+            )
         return logit_kl(
             student_logits,
             teacher_logits,
@@ -167,17 +172,27 @@ class TopKKLLoss(_OutputLoss):
 
     Args:
         ghost: count all entries that are not stored as one more outcome.
+        vocab: "prefix" takes those of a teacher in a `Distiller` from the beginning of its
+            vocabulary that the student shares; None wants equal vocabularies there.
         block_bytes: memory for the logits of a block of tokens; None chooses.
-        **options: those of `LinearKLLoss`, with distance "kl" only and without `vocab`.
+        **options: those of `LinearKLLoss`, with distance "kl" only.
     """
 
-    def __init__(self, *, ghost: bool = False, block_bytes: int | None = None, **options):
+    def __init__(
+        self,
+        *,
+        ghost: bool = False,
+        vocab: str | None = None,
+        block_bytes: int | None = None,
+        **options,
+    ):
         if options.get("distance", "kl") != "kl":
             raise ValueError(
                 f"distance must be 'kl' for a stored teacher: got {options['distance']!r}; drop it."
             )
         super().__init__(**options)
         self.ghost = ghost
+        self.vocab = vocab
         self.block_bytes = block_bytes
 
     def forward(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import AutoModelForQuestionAnswering
 
 from fakd import DistillConfig, Distiller, FeatureAlignmentLoss, capture_hidden_states
 from tests.support.models import tiny_batch, tiny_model
@@ -213,6 +214,16 @@ def test_own_counts_change_nothing():
         *(torch.autograd.grad(output.loss, parameters) for output in (same, plain)), strict=True
     ):
         assert torch.equal(got, want)
+
+
+def test_labels_by_other_names_count_by_texts():
+    config = tiny_model("bert").config
+    teacher, student = (AutoModelForQuestionAnswering.from_config(config) for _ in range(2))
+    distiller, batch = Distiller(teacher, student).eval(), tiny_batch(4)
+    batch |= {"start_positions": torch.tensor([1, 2, 0, 1]), "end_positions": torch.tensor([2] * 4)}
+    plain, same = distiller(**batch), distiller(**batch, normalizers=distiller.counts(**batch))
+    assert plain.logs["task"] > 0
+    torch.testing.assert_close(same.loss, plain.loss)
 
 
 def test_student_alone_is_a_plain_checkpoint(tmp_path):

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fakd import AttentionKLLoss, DistillConfig, Distiller, FeatureAlignmentLoss
-from fakd.losses import LinearKLLoss, LogitKLLoss
+from fakd.losses import LinearKLLoss, LogitKLLoss, TopKKLLoss
+from fakd.terms import build_losses
 from tests.support.models import tiny_batch, tiny_model
 from tests.training.test_lm_head import FAMILIES, causal_lm
 
@@ -35,12 +36,16 @@ def test_a_copy_has_no_loss_and_no_gradient(family, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cross_entropy_is_the_models_own(family, side):
+    """But for the first token after padding, which the models' own lets the padding predict."""
     teacher, student = causal_lm(family), causal_lm(family)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     batch = lm_batch(side)
-    own = student(**batch).loss
+    padding = batch["attention_mask"] == 0
+    shown = batch["labels"].clone()
+    shown[:, 1:].masked_fill_(padding[:, :-1], -100)
+    own = student(**batch | {"labels": shown}).loss
     distiller = Distiller(teacher, student, output=LinearKLLoss(kl_weight=0.5, ce_weight=1.0))
     output = distiller(**batch)
     torch.testing.assert_close(output.logs["task"], own.detach())
@@ -53,6 +58,88 @@ def test_cross_entropy_is_the_models_own(family, side):
         assert (got is None) == (want is None)
         if got is not None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_what_padding_predicts_counts_nowhere():
+    teacher, student = causal_lm("llama"), causal_lm("llama")
+    with torch.no_grad():
+        student.lm_head.weight.add_(torch.randn_like(student.lm_head.weight))
+    batch = lm_batch("left")
+    padding = batch["attention_mask"] == 0
+    assert padding.any()
+    for loss, options in (
+        (LinearKLLoss(ce_weight=0.5), {}),
+        (TopKKLLoss(ce_weight=0.5, ghost=True), {"top_k": 7}),
+    ):
+        distiller = Distiller(teacher, student, output=loss, **options)
+        losses = []
+        for token in (0, 7, 50):
+            batch["input_ids"].masked_fill_(padding, token)
+            losses.append(distiller(**batch).loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(losses[0], losses[2], rtol=1e-6, atol=0)
+
+
+def test_padded_vocabularies():
+    """As two sizes of one model have them: one tokenizer, heads padded to other multiples."""
+    teacher, student = causal_lm("llama", vocab_size=64), causal_lm("llama")
+    for loss in (LinearKLLoss(), TopKKLLoss()):
+        with pytest.raises(ValueError, match=r"equal size: got 60 .student. and 64"):
+            Distiller(teacher, student, output=loss)
+    batch = lm_batch()
+    with torch.no_grad():
+        teacher.lm_head.weight[60:] *= 100  # nothing of the padding may be seen
+    config = DistillConfig(alpha=1.0, beta=0.0, delta=0.0, task_weight=0.0)
+    dense = Distiller(teacher, student, output=LinearKLLoss(vocab="prefix"))(**batch).loss
+    entries = Distiller(teacher, student, output=TopKKLLoss(vocab="prefix"), top_k=60)
+    torch.testing.assert_close(entries(**batch).loss, dense)
+    losses = build_losses(config, teacher, student, vocab="prefix")
+    torch.testing.assert_close(
+        Distiller.from_config(teacher, student, config, losses)(**batch).loss, dense
+    )
+
+
+def test_students_with_adapters():
+    """As peft wraps a model: its base_model has the head, and get_base_model the adapters too."""
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.base_model, self.config = torch.nn.ModuleDict({"model": model}), model.config
+
+        def get_base_model(self):
+            return self.base_model["model"]
+
+        def get_output_embeddings(self):
+            return self.get_base_model().get_output_embeddings()
+
+        def get_input_embeddings(self):
+            return self.get_base_model().get_input_embeddings()
+
+        def forward(self, **entries):
+            return self.get_base_model()(**entries)
+
+    Adapted.__name__ = "AdaptedForCausalLM"
+    teacher, student = causal_lm("llama"), causal_lm("qwen3")
+    want = Distiller(teacher, student, output=LinearKLLoss())(**lm_batch()).loss
+    got = Distiller(teacher, Adapted(student), output=LinearKLLoss())(**lm_batch()).loss
+    torch.testing.assert_close(got, want)
+
+
+def test_losses_that_a_missing_head_would_drop_are_refused():
+    student = causal_lm("llama")
+    student.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits of the student must be False"):
+        Distiller(causal_lm("llama"), student, output=LinearKLLoss())
+
+
+def test_a_regression_has_no_distribution_of_outputs():
+    teacher, student = (tiny_model("bert", labels=1, seed=seed) for seed in (0, 1))
+    with pytest.raises(ValueError, match=r"alpha must be 0 for a regression: got 0\.5"):
+        Distiller.from_config(teacher, student, DistillConfig(alpha=0.5))
+    distiller = Distiller(teacher, student, output=LogitKLLoss())
+    with pytest.raises(ValueError, match="at least 2 classes: got 1"):
+        distiller(**tiny_batch(3, 5))
 
 
 @pytest.mark.parametrize("with_labels", [True, False])

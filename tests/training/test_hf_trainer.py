@@ -96,6 +96,18 @@ def test_its_checkpoints_hold_the_student_and_the_projections_and_go_on(family, 
         torch.testing.assert_close(resumed.state_dict()[name], tensor)
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_gradient_checkpointing_is_the_students(tmp_path):
+    plain, saving = make("bert"), make("bert")
+    trainer("bert", plain, tmp_path, save_strategy="no").train()
+    trainer("bert", saving, tmp_path, save_strategy="no", gradient_checkpointing=True).train()
+    for model, is_saving in ((saving.student, True), (saving.teacher, False)):
+        flags = [getattr(part, "gradient_checkpointing", False) for part in model.modules()]
+        assert any(flags) == is_saving
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(saving.state_dict()[name], tensor)
+
+
 def test_accumulation_and_predictions(tmp_path):
     run = trainer("bert", make("bert"), tmp_path, save_strategy="no", gradient_accumulation_steps=2)
     assert not run.model_accepts_loss_kwargs
