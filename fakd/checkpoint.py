@@ -75,13 +75,17 @@ class Checkpoints:
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler,
         step: int,
+        *,
+        is_scored: bool = True,
     ) -> None:
         """Write the state after `step` steps; a collective of all processes.
+
+        One that is not scored is never the best.
 
         Raises:
             OSError: the disk refuses; the checkpoints before are still there, whole.
         """
-        scores = None if self._evaluate is None else self._evaluate()
+        scores = self._evaluate() if is_scored and self._evaluate is not None else None
         options = StateDictOptions(
             full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True
         )

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .stopping import Stopped
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 Settings = Annotated[
@@ -33,8 +35,10 @@ def _errors_in_one_line() -> Iterator[Console]:
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
+    except Stopped as stopped:  # a training, which has said what it keeps
+        raise typer.Exit(stopped.code) from None
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint")
+        console.print("stopped")
         raise typer.Exit(130) from None
 
 

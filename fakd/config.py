@@ -78,7 +78,7 @@ class TrainConfig:
     mixed_precision: str = "no"
     # Steps between two lines of the log, > 0.
     log_every: int = 5
-    # Steps between two checkpoints, > 0; None writes one at the end only.
+    # Steps between two checkpoints, > 0; None writes one at the end only, or where it is stopped.
     checkpoint_every: int | None = None
     # Checkpoints that are kept besides the best, > 0.
     keep: int = 2

@@ -23,6 +23,7 @@ from .evaluate import Evaluation, evaluate
 from .files import sync_folder, write_whole
 from .libraries import environment, quieten_libraries
 from .parts import Parts, build, make_distiller
+from .stopping import Stopped, StopSignals
 from .teacher_cache import (
     RowsWithTeacher,
     collate_with_teacher,
@@ -80,12 +81,29 @@ def run(
 
     Raises:
         ConfigError: the output folder holds another training. Others as `build` and `train` do; all
-            before any training but `NonFiniteLoss`, and OSError where the disk refuses later.
+            before any training but `NonFiniteLoss`, `Stopped`, and OSError where the disk refuses
+            later.
     """
-    began = time.perf_counter()
     quieten_libraries()
     accelerator = _join(config)
     console = console if accelerator.is_main_process else Console(quiet=True)
+    with StopSignals(accelerator.is_main_process) as signals:
+        try:
+            return _run(config, accelerator, console, title, known or {}, signals)
+        except Stopped as stopped:
+            console.print(str(stopped), soft_wrap=True)
+            raise
+
+
+def _run(
+    config: RunConfig,
+    accelerator: Accelerator,
+    console: Console,
+    title: str,
+    known: Mapping[str, dict[str, float]],
+    signals: StopSignals,
+) -> tuple[RunResults | None, list[LogLine]]:
+    began = time.perf_counter()
     with accelerator.main_process_first():
         check_output(config)
         parts = build(config)
@@ -97,11 +115,11 @@ def run(
         planned, accelerator.num_processes, accelerator.process_index, config.train.accumulation
     )
     # Before anything is sharded: a model is whole in every process.
-    baseline = _baseline(config, parts, accelerator, known or {})
+    baseline = _baseline(config, parts, accelerator, known)
     if accelerator.is_main_process:
         write_whole(config.output / CONFIG, to_yaml(config))
         for name, scores in baseline.items():
-            if name not in (known or {}):
+            if name not in known:
                 console.print(f"{name}: {in_words(scores)}", soft_wrap=True)
 
     def score() -> dict[str, float]:
@@ -134,6 +152,7 @@ def run(
         console=console,
         title=title,
         checkpoints=checkpoints,
+        signals=signals,
     )
     results = None
     if accelerator.is_main_process:

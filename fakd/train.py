@@ -18,6 +18,7 @@ from transformers import get_linear_schedule_with_warmup
 from .broken_loss import NonFiniteLoss, stop_all
 from .config import TrainConfig
 from .distribute import gradient_sync, join, prepare
+from .stopping import StopSignals
 from .train_log import LogLine, TrainLog
 
 __all__ = ["LogLine", "NonFiniteLoss", "Resumes", "train"]
@@ -45,8 +46,10 @@ class Resumes(Protocol):
         optimizer: torch.optim.Optimizer,
         schedule: LRScheduler,
         step: int,
+        *,
+        is_scored: bool = True,
     ) -> None:
-        """Keep the state after `step` steps."""
+        """Keep the state after `step` steps; at once, without scores, if they are not wanted."""
 
 
 def train(
@@ -59,6 +62,7 @@ def train(
     console: Console | None = None,
     title: str = "training",
     checkpoints: Resumes | None = None,
+    signals: StopSignals | None = None,
 ) -> list[LogLine]:
     """Take one optimiser step for each `config.accumulation` micro-batches of every process.
 
@@ -77,7 +81,8 @@ def train(
         console: where to draw a progress bar; None draws none.
         title: what the progress bar says.
         checkpoints: where to go on, if there is a state, and where to keep it: every
-            `config.checkpoint_every` steps, and after the last.
+            `config.checkpoint_every` steps, after the last, and before `signals` stop it.
+        signals: held until a step is done, in whichever process they arrive; None holds none.
 
     Returns:
         The log: step, loss, every term unweighted and weighted, learning rate and seconds per
@@ -87,10 +92,12 @@ def train(
     Raises:
         NonFiniteLoss: in all processes, before the gradients of such a loss reach the weights; the
             micro-batch is saved beside the log.
+        Stopped: in all processes, after the same step.
         ValueError: no whole number of steps, or another one in another process; an accelerator of
             another kind.
     """
     accelerator = accelerator or join(config.mixed_precision)
+    signals = signals or StopSignals()
     steps = _count_steps(len(batches), config.accumulation)
     model = prepare(accelerator, distiller)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -106,7 +113,8 @@ def train(
 
     torch.manual_seed(config.seed)  # of the order of a shuffled DataLoader
     stream = _micro_batches(batches, done * config.accumulation, accelerator.device)
-    with TrainLog(accelerator, config.log_every, steps, done, log_path, console, title) as log:
+    bar = TrainLog(accelerator, config.log_every, steps, done, log_path, console, title)
+    with bar as log, signals.held():
         for step in range(done + 1, steps + 1):
             model.train()
             distiller.weighting.begin(distiller, done=(step - 0.5) / steps)
@@ -121,7 +129,10 @@ def train(
                     output = model(**batch, normalizers=normalizers)
                     accelerator.backward(divisor * output.loss)
                 terms.append({"loss": output.loss.detach(), **output.logs})
-            means = _sums(accelerator, terms)
+            # All processes stop after the same step: what each has received travels with the terms.
+            received = torch.full_like(terms[0]["loss"], float(signals.received is not None))
+            means = _sums(accelerator, [{**each, "received": received} for each in terms])
+            agreed = means.pop("received")
             # Reads one number from the device in every step: the price of never having to go back.
             if not torch.isfinite(means["loss"]):
                 stop_all(accelerator, step, terms, micro_batches, log_path)
@@ -132,8 +143,17 @@ def train(
             log.add(step, means, learning_rate=schedule.get_last_lr()[0])
             if not optimizer.step_was_skipped:  # by the loss scaler of fp16
                 schedule.step()
-            if checkpoints is not None and _is_due(step, steps, config.checkpoint_every):
-                checkpoints.save(accelerator, distiller, optimizer, schedule, step)
+            is_alone = accelerator.num_processes == 1
+            is_stopped = signals.received is not None if is_alone else bool(agreed > 0)
+            if checkpoints is not None:
+                state = accelerator, distiller, optimizer, schedule, step
+                if _is_due(step, steps, config.checkpoint_every):
+                    checkpoints.save(*state)
+                elif is_stopped:
+                    # Who sends signals waits for seconds; scores may take minutes.
+                    checkpoints.save(*state, is_scored=False)
+            if is_stopped:
+                raise signals.stopped(_in_words(step, steps, is_kept=checkpoints is not None))
     # Forward as it was, without the casts of mixed precision.
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return log.lines
@@ -175,6 +195,11 @@ def _sums(accelerator: Accelerator, values: Sequence[dict[str, Tensor]]) -> dict
 def _mix(*numbers: int) -> int:
     """One seed out of several numbers."""
     return random.Random(repr(numbers)).getrandbits(63)
+
+
+def _in_words(step: int, steps: int, is_kept: bool) -> str:
+    kept = ", which is kept; the same command goes on from there" if is_kept else ""
+    return f"stopped after step {step} of {steps}{kept}"
 
 
 def _is_due(step: int, steps: int, every: int | None) -> bool:

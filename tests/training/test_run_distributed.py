@@ -15,7 +15,8 @@ from tests.support.runs import ROOT, invoke, make_assets, settings
 
 # accelerate chooses FSDP2 on accelerators only; what it would lead to there is done here by hand.
 COMMAND = """
-import sys
+import os, signal, sys
+import torch
 from fakd import distribute, train
 from fakd.cli import app
 
@@ -23,8 +24,18 @@ def sharded(accelerator, distiller):
     distribute.shard(accelerator, distiller)
     return distribute.prepare(accelerator, distiller)
 
-if sys.argv.pop(1) == "fsdp2":
+def step(*arguments, **options):
+    calls.append(1)
+    if len(calls) == 3 and os.environ["RANK"] == "1":
+        signal.raise_signal(signal.SIGTERM)
+    return original(*arguments, **options)
+
+kind = sys.argv.pop(1)
+if kind == "fsdp2":
     train.prepare = sharded
+if kind == "stopped":
+    original, calls = torch.optim.AdamW.step, []
+    torch.optim.AdamW.step = step
 app(sys.argv[1:])
 """
 
@@ -36,7 +47,7 @@ def assets(tmp_path_factory):
         yield make_assets(tmp_path_factory.mktemp("assets"))
 
 
-def launch(kind, folder, *arguments):
+def launch(kind, folder, *arguments, code=0):
     script = folder / "command.py"
     script.write_text(COMMAND, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -48,7 +59,7 @@ def launch(kind, folder, *arguments):
         timeout=240,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 
@@ -86,6 +97,19 @@ def test_a_sharded_training_goes_on_to_the_same_bits(assets, tmp_path):
     launch("fsdp2", tmp_path, "train", *settings(assets, folder, *options))
     after = weights(folder)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(assets, tmp_path):
+    options = ("causal_lm", "train.checkpoint_every=null")
+    folders = {kind: tmp_path / kind for kind in ("ddp", "stopped")}
+    launch("ddp", tmp_path, "train", *settings(assets, folders["ddp"], *options))
+    arguments = settings(assets, folders["stopped"], *options)
+    shown = launch("stopped", tmp_path, "train", *arguments, code=1)  # torchrun's own
+    assert shown.count("stopped after step 4 of 8, which is kept") == 1
+    launch("ddp", tmp_path, "train", *arguments)
+    ours, theirs = (weights(folders[kind]) for kind in ("stopped", "ddp"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow
