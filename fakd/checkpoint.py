@@ -40,8 +40,8 @@ class Checkpoints:
     Args:
         folder: receives a folder for each checkpoint; made when the first is written.
         keep: how many of the last are kept, > 0.
-        identity: what the training is, such as a hash of its config; a checkpoint of another
-            training is refused.
+        identity: what the training is, by name a hash of each part, such as "settings" and "data";
+            a checkpoint of another training is refused, with the names of what differs.
         evaluate: gives the scores of the student as it is, by name; called in every process before
             each checkpoint. None scores nothing: there is no best one then.
         worth: what the best of them has most of, from its scores.
@@ -53,7 +53,7 @@ class Checkpoints:
         folder: Path,
         keep: int,
         *,
-        identity: str,
+        identity: Mapping[str, str],
         evaluate: Callable[[], dict[str, float]] | None = None,
         worth: Callable[[dict[str, float]], float] | None = None,
         console: Console | None = None,
@@ -62,7 +62,7 @@ class Checkpoints:
             raise ValueError(f"keep must be at least 1: got {keep}; raise it.")
         self.folder = folder
         self._keep = keep
-        self._identity = identity
+        self._identity = dict(identity)
         self._evaluate, self._worth = evaluate, worth
         self._console = console
         # What was found whole, or written, by this process: hashing gigabytes takes seconds.
@@ -187,18 +187,18 @@ class Checkpoints:
                 f"checkpoint {path.name} must have a readable {_MANIFEST}: got "
                 f"{type(error).__name__}; it is not used."
             ) from None
-        for name in (_MODEL, _OPTIMIZER, _PROGRESS):
-            if not (path / name).is_file() or digest(path / name) != files.get(name):
-                raise BadCheckpoint(
-                    f"checkpoint {path.name} must have {name} as it was written: got another one "
-                    "or none; it is not used."
-                )
+        _check_file(path, _PROGRESS, files)
         progress = json.loads((path / _PROGRESS).read_text(encoding="utf-8"))
-        if progress["identity"] != self._identity:
+        theirs = progress["identity"]
+        theirs = theirs if isinstance(theirs, dict) else {}
+        changed = [name for name, ours in self._identity.items() if theirs.get(name) != ours]
+        if changed:
             raise BadCheckpoint(
-                f"checkpoint {path.name} must be of this training: got one of another config; it "
-                "is not used."
+                f"checkpoint {path.name} must be of this training: got one of other "
+                f"{' and '.join(changed)}; it is not used."
             )
+        for name in (_MODEL, _OPTIMIZER):  # gigabytes, unlike the above
+            _check_file(path, name, files)
         self._whole[path] = progress
         return progress
 
@@ -206,7 +206,9 @@ class Checkpoints:
         self, step: int, model_state: Mapping[str, Tensor], moments: dict, progress: dict
     ) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".part-*"):  # of a run that was killed while it wrote
+        halves = [p for p in self.paths() if not (p / _MANIFEST).exists()]
+        # Of a run that was killed while it wrote, or deleted.
+        for leftover in (*self.folder.glob(".part-*"), *halves):
             shutil.rmtree(leftover, ignore_errors=True)
         part = self.folder / f".part-{step:08d}"
         part.mkdir()
@@ -228,14 +230,28 @@ class Checkpoints:
             raise
 
     def _prune(self) -> None:
-        """Delete all but the last `keep` and the best."""
-        spared = {self.best(), *self.paths()[-self._keep :]}
-        for path in self.paths():
+        """Delete all but the last `keep` and the best; those that are refused count for nothing."""
+        ours = [path for path in self.paths() if self._is_ours(path)]
+        spared = {self.best(), *ours[-self._keep :]}
+        for path in ours:
             if path not in spared:
                 # The manifest first: half a folder must not look like a checkpoint.
                 self._whole.pop(path, None)
                 (path / _MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(path)
+
+    def _is_ours(self, path: Path) -> bool:
+        with suppress(BadCheckpoint):
+            return bool(self.verified(path))
+        return False
+
+
+def _check_file(path: Path, name: str, files: Mapping[str, str]) -> None:
+    if not (path / name).is_file() or digest(path / name) != files.get(name):
+        raise BadCheckpoint(
+            f"checkpoint {path.name} must have {name} as it was written: got another one or none; "
+            "it is not used."
+        )
 
 
 def _plain(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

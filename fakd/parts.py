@@ -25,6 +25,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     prepared: Prepared
     teacher: nn.Module | None  # None too where its predictions are stored
+    teacher_hash: str | None  # of its weights
     student: nn.Module
     cache: TeacherCache | None
     # What `Distiller` takes: the map of layers and the losses; empty without a teacher.
@@ -68,14 +69,16 @@ def build(config: RunConfig) -> Parts:
             model.config.pad_token_id = tokenizer.pad_token_id
     # Of one tokenizer, so their heads differ in padding at most.
     losses = build_losses(config.distill, teacher, student, vocab="prefix")
+    teacher_hash = None if teacher is None else hash_weights(teacher)
     cache = None
     if config.teacher_cache is not None:
         cache = TeacherCache(config.teacher_cache)
-        cache.check(cache_identity(config, tokenizer, prepared, teacher, losses))
+        cache.check(cache_identity(config, tokenizer, prepared, teacher_hash, losses))
     return Parts(
         tokenizer,
         prepared,
         teacher=teacher if cache is None else None,
+        teacher_hash=teacher_hash,
         student=student,
         cache=cache,
         losses=losses,
@@ -88,7 +91,7 @@ def cache_identity(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
     prepared: Prepared,
-    teacher: nn.Module,
+    teacher_hash: str,
     losses: Mapping[str, Any],
 ) -> Identity:
     """What a cache of this training's teacher is made of."""
@@ -96,7 +99,7 @@ def cache_identity(
     needs_tokens = config.task == "causal_lm" and losses.get("output") is not None
     return Identity(
         task=config.task,
-        teacher=hash_weights(teacher),
+        teacher=teacher_hash,
         tokenizer=tokenizer_hash(tokenizer),
         data=prepared.fingerprint,
         rows=len(prepared.train),

@@ -17,20 +17,18 @@ from torch.utils.data import DataLoader
 from .checkpoint import Checkpoints
 from .config import RunConfig
 from .config_file import ConfigError, differences, fingerprint, load_config, to_yaml
-from .data import Prepared, collate, plan, split
+from .data import collate, plan, split
 from .distribute import join, unsharded
 from .evaluate import Evaluation, evaluate
 from .files import sync_folder, write_whole
 from .libraries import environment, quieten_libraries
 from .parts import Parts, build, make_distiller
 from .stopping import Stopped, StopSignals
-from .teacher_cache import (
-    RowsWithTeacher,
-    collate_with_teacher,
-)
+from .teacher_cache import RowsWithTeacher, collate_with_teacher, hash_weights
 from .train import LogLine, train
 
 CONFIG, LOG, RESULTS, ERRORS = "config.yaml", "log.jsonl", "results.json", "errors.json"
+BASELINE = "baseline.json"
 STUDENT, CHECKPOINTS, TRACKED = "student", "checkpoints", "tracked"
 TEACHER, START = "teacher", "student at the start"
 
@@ -109,13 +107,14 @@ def _run(
         parts = build(config)
     if not known:
         console.print(parts.prepared.describe(), soft_wrap=True)
+    same = identity(config, parts)
     distiller = make_distiller(config, parts)
     planned = plan(parts.prepared, config.data, config.steps, config.epochs, config.train.seed)
     mine = split(
         planned, accelerator.num_processes, accelerator.process_index, config.train.accumulation
     )
     # Before anything is sharded: a model is whole in every process.
-    baseline = _baseline(config, parts, accelerator, known)
+    baseline = _baseline(config.output / BASELINE, same, parts, accelerator, known)
     if accelerator.is_main_process:
         write_whole(config.output / CONFIG, to_yaml(config))
         for name, scores in baseline.items():
@@ -134,7 +133,7 @@ def _run(
     checkpoints = Checkpoints(
         config.output / CHECKPOINTS,
         config.train.keep,
-        identity=identity(config, parts.prepared),
+        identity=same,
         evaluate=score,
         worth=lambda scores: sign * scores[metric],
         console=console,
@@ -211,9 +210,17 @@ def check_output(config: RunConfig) -> None:
         ) from None
 
 
-def identity(config: RunConfig, prepared: Prepared) -> str:
-    """What makes two trainings the same: settings and data."""
-    return f"{fingerprint(_computed(config))}-{prepared.fingerprint}"
+def identity(config: RunConfig, parts: Parts) -> dict[str, str]:
+    """What makes two trainings the same, a hash of each part: settings, data and weights.
+
+    Weights as they were read: what a student draws or computes may depend on the machine.
+    """
+    found = {"settings": fingerprint(_computed(config)), "data": parts.prepared.fingerprint}
+    if parts.teacher_hash is not None:
+        found["weights of the teacher"] = parts.teacher_hash
+    if config.student.path is not None:
+        found["weights in student.path"] = hash_weights(parts.student.base_model)
+    return found
 
 
 def in_words(scores: dict[str, float]) -> str:
@@ -251,17 +258,20 @@ def _computed(config: RunConfig) -> RunConfig:
 
 
 def _baseline(
-    config: RunConfig,
+    path: Path,
+    same: Mapping[str, str],
     parts: Parts,
     accelerator: Accelerator,
     known: Mapping[str, dict[str, float]],
 ) -> dict[str, dict[str, float]]:
-    """Scores of the teacher and of the student before; read again where they were written."""
-    path = config.output / "baseline.json"
-    is_written = path.is_file()
+    """Scores of the teacher and of the student before; read again where this training wrote them.
+
+    `same` is what makes it this training.
+    """
+    written = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     accelerator.wait_for_everyone()  # all have looked before one writes
-    if is_written:
-        return json.loads(path.read_text(encoding="utf-8"))
+    if written.get("identity") == same:
+        return written["scores"]
     scores = {} if parts.cache is None else {TEACHER: parts.cache.scores}
     for name, model in {TEACHER: parts.teacher, START: parts.student}.items():
         if name in known:
@@ -269,7 +279,7 @@ def _baseline(
         elif model is not None:
             scores[name] = _evaluate(model.to(accelerator.device), parts, accelerator).scores
     if accelerator.is_main_process:
-        write_whole(path, json.dumps(scores, indent=1))
+        write_whole(path, json.dumps({"identity": same, "scores": scores}, indent=1))
     accelerator.wait_for_everyone()
     return scores
 

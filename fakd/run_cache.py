@@ -40,7 +40,7 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
         )
     parts = build(dataclasses.replace(config, teacher_cache=None))
     prepared, teacher = parts.prepared, parts.teacher.to(accelerator.device)
-    identity = cache_identity(config, parts.tokenizer, prepared, teacher, parts.losses)
+    identity = cache_identity(config, parts.tokenizer, prepared, parts.teacher_hash, parts.losses)
     classes = None if prepared.labels is None else len(prepared.labels)
     size = size_bytes(prepared.train, identity, classes, parts.widths["teacher"])
     console.print(prepared.describe(), soft_wrap=True)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from datasets import Dataset
@@ -53,11 +54,17 @@ class Identity:
 
 
 def hash_weights(model: nn.Module) -> str:
-    """A hash of all weights of a model, by name."""
+    """A hash of all weights of a model, by name, at the speed of memory.
+
+    Of each tensor: its dtype and shape, the exact sum of its bits, some of them, and where it ends.
+    """
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        words = data[: len(data) // 8 * 8].view(np.int64)
+        some = words[:: max(1, len(words) // 1024)]  # what moved within a tensor has the same sum
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)} {words.sum()}".encode())
+        total.update(some.tobytes() + data[8 * len(words) :].tobytes())
     return total.hexdigest()[:16]
 
 

@@ -30,7 +30,7 @@ class Training:
         self.schedule = get_linear_schedule_with_warmup(self.optimizer, 1, 10)
         self.screen = io.StringIO()
         console = Console(file=self.screen, width=200)
-        options = {"keep": 2, "identity": "this", "console": console, **options}
+        options = {"keep": 2, "identity": {"data": "this"}, "console": console, **options}
         self.checkpoints = Checkpoints(folder, **options)
         self.parts = (Accelerator(cpu=True), self.distiller, self.optimizer, self.schedule)
 
@@ -134,10 +134,11 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
 
 
 def test_a_checkpoint_of_another_training_is_refused_by_name(tmp_path):
-    Training(tmp_path, identity="that").save(4)
-    mine = Training(tmp_path)
+    Training(tmp_path, identity={"settings": "a", "data": "that"}).save(4)
+    mine = Training(tmp_path, identity={"settings": "a", "data": "this"})
     assert mine.restore() == 0
-    assert "checkpoint step-00000004 must be of this training" in mine.screen.getvalue()
+    told = "checkpoint step-00000004 must be of this training: got one of other data; it is not"
+    assert told in mine.screen.getvalue()
     with pytest.raises(BadCheckpoint, match="must hold a whole checkpoint"):
         mine.checkpoints.last()
 
@@ -153,6 +154,17 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert training.checkpoints.best().name == "step-00000003"
     assert training.checkpoints.last().name == "step-00000005"
     assert training.checkpoints.verified(training.checkpoints.best())["scores"] == {"accuracy": 0.9}
+
+
+def test_checkpoints_of_another_training_push_none_of_this_one_out(tmp_path):
+    other = Training(tmp_path, identity={"data": "that"})
+    other.save(4)
+    other.save(8)
+    training = Training(tmp_path)
+    for step in (1, 2, 3):
+        training.save(step)
+    assert training.names == [f"step-0000000{step}" for step in (2, 3, 4, 8)]
+    assert Training(tmp_path).restore() == 3
 
 
 def test_without_scores_there_is_no_best(tmp_path):
@@ -179,6 +191,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     (tmp_path / ".part-00000007").mkdir()
+    (tmp_path / "step-00000009").mkdir()  # in the middle of its deletion
     training = Training(tmp_path)
     training.save(1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -195,4 +208,4 @@ def test_only_the_student_is_taken_from_a_checkpoint(tmp_path):
 
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep must be at least 1: got 0"):
-        Checkpoints(tmp_path, 0, identity="")
+        Checkpoints(tmp_path, 0, identity={})

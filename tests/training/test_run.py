@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fakd import run, stopping
@@ -316,6 +317,39 @@ def test_a_resume_with_other_settings_says_what_changed(assets, finished):
     result = invoke("train", *settings(assets, folder, "classification", "distill.beta=2"))
     assert result.exit_code == 2
     assert "distill.beta: 2.0, was 1.0" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("changed", ["data", "weights of the teacher", "weights in student.path"])
+def test_what_changed_under_the_same_settings_is_named_and_scored_again(tmp_path, changed):
+    assets = make_assets(tmp_path)
+    shutil.copytree(assets / "encoder", assets / "start")
+    values = [f"student.path={assets / 'start'}", "student.layers=null", "student.width=null"]
+    arguments = settings(assets, tmp_path / "run", "classification", *values)
+    assert invoke("train", *arguments).exit_code == 0
+    before = json.loads((tmp_path / "run" / "results.json").read_text())
+    if changed == "data":
+        rows = (assets / "rows.jsonl").read_text().splitlines()
+        (assets / "rows.jsonl").write_text("\n".join(rows[:60]))
+    else:
+        path = assets / ("encoder" if "teacher" in changed else "start") / "model.safetensors"
+        tensors = load_file(path)
+        torch.manual_seed(1)
+        save_file({k: t + torch.randn(t.shape) for k, t in tensors.items()}, path, {"format": "pt"})
+    result = invoke("train", *arguments)
+    assert result.exit_code == 0, result.output
+    shown = " ".join(result.output.split())
+    told = f"step-00000008 must be of this training: got one of other {changed}; it is not used"
+    assert told in shown
+    assert shown.count("teacher: accuracy") == 1
+    # What it says is so of a new folder too.
+    anew = settings(assets, tmp_path / "anew", "classification", *values)
+    assert invoke("train", *anew).exit_code == 0
+    after, expected = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "anew")
+    )
+    for name in ("teacher", "start", "student"):
+        assert after[name] == expected[name], name
+    assert (before["teacher"], before["start"]) != (after["teacher"], after["start"])
 
 
 def test_how_it_is_watched_may_change(assets, finished):

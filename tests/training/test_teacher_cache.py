@@ -1,5 +1,6 @@
 """A stored teacher teaches what the teacher itself does, and no other training."""
 
+import copy
 import dataclasses
 import json
 
@@ -10,7 +11,12 @@ from transformers import AutoModelForSequenceClassification
 
 from fakd.config_file import load_config
 from fakd.data import collate, prepare
-from fakd.teacher_cache import RowsWithTeacher, TeacherCache, collate_with_teacher
+from fakd.teacher_cache import (
+    RowsWithTeacher,
+    TeacherCache,
+    collate_with_teacher,
+    hash_weights,
+)
 from tests.support.models import tiny_tokenizer
 from tests.support.runs import invoke, make_assets
 
@@ -206,6 +212,21 @@ def test_a_damaged_cache_is_refused(assets, caches, tmp_path):
     result, shown = run("train", assets, "causal_lm", more[0], f"teacher_cache={tmp_path}")
     assert result.exit_code == 2
     assert "teacher_cache must be a folder that fakd cache-teacher wrote" in shown
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hash_of_weights_sees_every_bit_and_place(dtype):
+    model = torch.nn.Linear(7, 5, dtype=dtype)  # no whole number of words
+    before = hash_weights(model)
+    assert hash_weights(copy.deepcopy(model)) == before
+    with torch.no_grad():
+        for index in [(0, 0), (2, 3), (4, 6)]:
+            changed = copy.deepcopy(model)
+            changed.weight[index] *= 1.01
+            assert hash_weights(changed) != before
+        changed = copy.deepcopy(model)
+        changed.weight.copy_(model.weight.flip(1))
+        assert hash_weights(changed) != before
 
 
 def test_the_folder_must_be_named(assets):
