@@ -15,7 +15,8 @@ from .distribute import is_main_process, start_anew
 from .measure import Costs, measure_costs
 from .page import to_table
 from .report import Run, cost_rows, read_run, score_rows, verdict, write_page
-from .run import START, STUDENT, TEACHER, RunResults, in_words, run
+from .run import START, TEACHER, RunResults, in_words, run
+from .run_folder import STUDENT
 
 REPORT = "report.html"
 

@@ -18,7 +18,8 @@ from .config_file import ConfigError, differences, load_config, to_yaml
 from .drawings import draw_curves, draw_layer_map
 from .measure import Costs
 from .page import html_table, page, to_table
-from .run import CONFIG, ERRORS, LOG, RESULTS, STUDENT, RunResults
+from .run import RunResults
+from .run_folder import CONFIG, ERRORS, LOG, RESULTS, STUDENT
 from .train_log import LogLine
 
 

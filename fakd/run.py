@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,24 +15,30 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import Checkpoints
 from .config import RunConfig
-from .config_file import ConfigError, differences, fingerprint, load_config, to_yaml
+from .config_file import ConfigError, to_yaml
 from .data import collate, plan, split
 from .distribute import join, unsharded
 from .evaluate import Evaluation, evaluate
 from .files import sync_folder, write_whole
 from .libraries import environment, quieten_libraries
 from .parts import Parts, build, make_distiller
+from .run_folder import (
+    BASELINE,
+    CHECKPOINTS,
+    CONFIG,
+    ERRORS,
+    LOG,
+    RESULTS,
+    STUDENT,
+    TRACKED,
+    check_output,
+    identity,
+)
 from .stopping import Stopped, StopSignals
-from .teacher_cache import RowsWithTeacher, collate_with_teacher, hash_weights
+from .teacher_cache import RowsWithTeacher, collate_with_teacher
 from .train import LogLine, train
 
-CONFIG, LOG, RESULTS, ERRORS = "config.yaml", "log.jsonl", "results.json", "errors.json"
-BASELINE = "baseline.json"
-STUDENT, CHECKPOINTS, TRACKED = "student", "checkpoints", "tracked"
 TEACHER, START = "teacher", "student at the start"
-
-# Settings that say how a training is watched and kept, not what it computes.
-_WATCHING = ("log_every", "checkpoint_every", "keep", "trackers")
 
 
 @dataclass(frozen=True)
@@ -182,47 +187,6 @@ def _run(
     return results, log
 
 
-def check_output(config: RunConfig) -> None:
-    """Check that the output folder can be written, and holds this training or none.
-
-    Raises:
-        ConfigError: it holds another (the message says what differs), or cannot be written.
-    """
-    known = config.output / CONFIG
-    if known.is_file():
-        before = load_config(known)
-        changed = differences(_computed(config), _computed(before))
-        if changed:
-            raise ConfigError(
-                f"output must be a new folder, or hold a training of the same settings: got "
-                f"{config.output}, where these differ: {'; '.join(changed)}; change them back to "
-                "go on, or choose another output."
-            )
-    probe = config.output / f".probe-{os.getpid()}"
-    try:
-        config.output.mkdir(parents=True, exist_ok=True)
-        probe.write_text("", encoding="utf-8")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output must be a folder that can be written: got {config.output} "
-            f"({error.strerror}); choose another."
-        ) from None
-
-
-def identity(config: RunConfig, parts: Parts) -> dict[str, str]:
-    """What makes two trainings the same, a hash of each part: settings, data and weights.
-
-    Weights as they were read: what a student draws or computes may depend on the machine.
-    """
-    found = {"settings": fingerprint(_computed(config)), "data": parts.prepared.fingerprint}
-    if parts.teacher_hash is not None:
-        found["weights of the teacher"] = parts.teacher_hash
-    if config.student.path is not None:
-        found["weights in student.path"] = hash_weights(parts.student.base_model)
-    return found
-
-
 def in_words(scores: dict[str, float]) -> str:
     """accuracy 0.912, macro_f1 0.874"""
     return ", ".join(
@@ -247,14 +211,6 @@ def _join(config: RunConfig) -> Accelerator:
             f"({error}); install them, or drop them."
         ) from error
     return accelerator
-
-
-def _computed(config: RunConfig) -> RunConfig:
-    """The settings without those that only watch and keep, and without the folder."""
-    defaults = type(config.train)()
-    watching = {name: getattr(defaults, name) for name in _WATCHING}
-    train_config = dataclasses.replace(config.train, **watching)
-    return dataclasses.replace(config, train=train_config, output=Path("."))
 
 
 def _baseline(

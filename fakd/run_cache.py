@@ -13,6 +13,7 @@ from .evaluate import evaluate
 from .libraries import quieten_libraries
 from .parts import build, cache_identity
 from .run import in_words
+from .run_folder import check_writable
 from .teacher_cache import size_bytes, write_cache
 
 
@@ -24,8 +25,8 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
         console: where size, scores and progress go.
 
     Raises:
-        ConfigError: no folder is named, the disk is too small, several processes. Others as
-            `fakd train` does.
+        ConfigError: no folder is named, or none that can be written; the disk is too small; several
+            processes. Others as `fakd train` does.
     """
     if config.teacher_cache is None:
         raise ConfigError(
@@ -38,6 +39,7 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
             f"fakd cache-teacher must run in one process: got {accelerator.num_processes}; start "
             "it without torchrun."
         )
+    check_writable("teacher_cache", config.teacher_cache)
     parts = build(dataclasses.replace(config, teacher_cache=None))
     prepared, teacher = parts.prepared, parts.teacher.to(accelerator.device)
     identity = cache_identity(config, parts.tokenizer, prepared, parts.teacher_hash, parts.losses)
@@ -45,7 +47,6 @@ def cache_teacher(config: RunConfig, console: Console) -> None:
     size = size_bytes(prepared.train, identity, classes, parts.widths["teacher"])
     console.print(prepared.describe(), soft_wrap=True)
     console.print(f"{config.teacher_cache} will hold {size / 1e6:,.1f} MB", soft_wrap=True)
-    config.teacher_cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(config.teacher_cache).free
     if free < size:
         raise ConfigError(

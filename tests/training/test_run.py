@@ -352,6 +352,17 @@ def test_what_changed_under_the_same_settings_is_named_and_scored_again(tmp_path
     assert (before["teacher"], before["start"]) != (after["teacher"], after["start"])
 
 
+def test_a_training_without_a_step_does_not_bind_its_folder(assets, finished, tmp_path):
+    wrong = ["distill.heads=[0, 1]", "distill.beta=2"]
+    result = invoke("train", *settings(assets, tmp_path / "run", "classification", *wrong))
+    assert result.exit_code == 2
+    assert "heads" in result.output
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    result = invoke("train", *settings(assets, tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert_same_weights(tmp_path / "run", finished["classification"])
+
+
 def test_how_it_is_watched_may_change(assets, finished):
     folder = finished["classification"]
     result = invoke("train", *settings(assets, folder, "classification", "train.log_every=4"))

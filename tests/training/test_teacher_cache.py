@@ -229,7 +229,13 @@ def test_the_hash_of_weights_sees_every_bit_and_place(dtype):
         assert hash_weights(changed) != before
 
 
-def test_the_folder_must_be_named(assets):
+def test_the_folder_must_be_named_and_be_one(assets):
     result, shown = run("cache-teacher", assets, "causal_lm")
     assert result.exit_code == 2
     assert "teacher_cache must name the folder to write" in shown
+    result, shown = run(
+        "cache-teacher", assets, "causal_lm", f"teacher_cache={assets / 'text.txt'}"
+    )
+    assert result.exit_code == 2
+    assert "teacher_cache must be a folder that can be written: got" in shown
+    assert "Errno" not in shown
