@@ -174,7 +174,7 @@ def _score_rows(arms: Mapping[str, Sequence[RunResults]]) -> tuple[list[str], li
     rows: list[list[str]] = []
 
     def add(name: str, scores: Sequence[Mapping[str, float]], parameters: int | None) -> None:
-        cells = [_mean_of(metric, [each[metric] for each in scores]) for metric in metrics]
+        cells = [_mean_of(m, [each[m] for each in scores if m in each]) for m in metrics]
         row = [name, *cells, "" if parameters is None else f"{parameters / 1e6:.1f} M"]
         if row not in rows:
             rows.append(row)
@@ -196,7 +196,9 @@ def _mean(runs: Sequence[Run], metric: str) -> str:
 
 
 def _mean_of(metric: str, values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds."""
+    """Mean and standard deviation over seeds; "" of a metric that another task has."""
+    if not values:
+        return ""
     mean = _number(metric, statistics.mean(values))
     if len(values) == 1:
         return mean
@@ -238,8 +240,9 @@ def write_page(
         OSError: the page cannot be written.
     """
     first, *others = [run for runs in arms.values() for run in runs]
+    sources = dict.fromkeys(run.results.data for run in (first, *others))
     parts = [
-        f"<p>{html.escape(first.results.data)}</p>",
+        *(f"<p>{html.escape(source)}</p>" for source in sources),
         *(f"<p class='verdict'>{html.escape(line)}</p>" for line in verdict(arms)),
         html_table("Held-out rows. Mean and standard deviation over seeds.", *score_rows(arms)),
     ]

@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -141,6 +142,23 @@ def test_tables():
         ["fused", "210", "8.8", "6.7"],
         ["eager", "230", "20.2", "not measured"],
     ]
+
+
+def test_trainings_of_two_tasks_have_each_their_own_scores(tmp_path):
+    arms = make((100,)) | {"speeches": [run("speeches", 0, [2.0, 3.0], "causal_lm")]}
+    columns, rows = report.score_rows(arms)
+    assert columns == ["model", "accuracy", "macro_f1", "perplexity", "weights"]
+    assert rows[-2][1:4] == ["75.0 %", "50.0 %", ""]
+    assert rows[-1][1:4] == ["", "", "25.0"]
+    assert [row[0] for row in rows].count("teacher") == 2
+    arms["speeches"][0] = replace(
+        arms["speeches"][0], results=replace(arms["speeches"][0].results, data="Speeches.")
+    )
+    assert report.verdict(arms) == []
+    report.write_page(arms, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<p>Tiny &lt;texts&gt;.</p>" in page
+    assert "<p>Speeches.</p>" in page
 
 
 def test_tables_fit_a_terminal():
