@@ -3,9 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
 
-from .losses.shared import check_choice
+from pydantic import SkipValidation
+
+from .losses.attention import HEADS
+from .losses.features import EUCLIDEAN, INITS, PROJECTIONS
+from .losses.outputs import DISTANCES
+from .losses.shared import check_choice, check_temperature, check_weight
+from .mapping import check_mapping
 from .weighting import SCHEDULES, WEIGHTS
+
+# Alternatives, which the dataclasses check themselves: pydantic names its own types in messages.
+LayerMap = Annotated[str | Sequence[tuple[int, int]], SkipValidation]
+Heads = Annotated[str | Sequence[int], SkipValidation]
+Blocks = Annotated[int | Sequence[int] | None, SkipValidation]
 
 
 @dataclass(frozen=True)
@@ -17,7 +29,7 @@ class DistillConfig:
     """
 
     # Which student layer learns from which teacher layer: a preset's name or explicit pairs.
-    mapping: str | Sequence[tuple[int, int]] = "uniform"
+    mapping: LayerMap = "uniform"
     # Weight of the loss with labels, dimensionless, >= 0.
     task_weight: float = 1.0
     # Weight of the distance of predictions, dimensionless, >= 0.
@@ -26,7 +38,7 @@ class DistillConfig:
     temperature: float = 1.0
     # The distance itself: "kl", "reverse_kl" or "jsd".
     output_distance: str = "kl"
-    # Language models: entries per token of the teacher that are compared; None compares all.
+    # Language models: entries per token of the teacher that are compared, > 0; None compares all.
     top_k: int | None = None
     # Weight of the cosine term over hidden states, dimensionless, >= 0.
     beta: float = 1.0
@@ -41,10 +53,10 @@ class DistillConfig:
     # Start of the projections: "orthogonal", "xavier", "identity" or "zeros".
     init: str = "orthogonal"
     # The map of attention, where it is not the one of hidden states: likewise, from layer 1.
-    attention_mapping: str | Sequence[tuple[int, int]] | None = None
+    attention_mapping: LayerMap | None = None
     # Which heads are compared: "match", "mean", "auto" (match where the counts are equal), or a
     # list with the teacher head of each student head.
-    heads: str | Sequence[int] = "auto"
+    heads: Heads = "auto"
     # How some of these weights change, by name: "constant", "fall" (linearly to 0 over the
     # training) or "rise" (linearly from 0).
     schedules: Mapping[str, str] = field(default_factory=dict)
@@ -55,9 +67,39 @@ class DistillConfig:
     learn_weights: bool = False
 
     def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in WEIGHTS}
+        for name, weight in weights.items():
+            check_weight(name, weight)
+        if not any(weights.values()):
+            raise ValueError(
+                f"one of the weights {', '.join(weights)} must be > 0: got 0 for all; raise "
+                "one, or there is nothing to learn."
+            )
+        check_temperature(self.temperature)
+        check_choice("output_distance", self.output_distance, DISTANCES)
+        if self.top_k is not None:
+            check_positive("top_k", self.top_k)
+        check_mapping("mapping", self.mapping)
+        if self.attention_mapping is not None:
+            check_mapping("attention_mapping", self.attention_mapping)
+        check_choice("euclidean", self.euclidean, EUCLIDEAN)
+        check_choice("projection", self.projection, PROJECTIONS)
+        check_choice("init", self.init, INITS)
+        if isinstance(self.heads, str):
+            check_choice("heads", self.heads, HEADS)
+        elif not _are_integers(self.heads):
+            raise ValueError(
+                f"heads must be one of {', '.join(map(repr, HEADS))}, or a list with the teacher "
+                f"head of each student head: got {self.heads!r}; write [0, 2], for example."
+            )
         for name, schedule in self.schedules.items():
             check_choice("the names in schedules", name, tuple(WEIGHTS))
             check_choice(f"schedules.{name}", schedule, tuple(SCHEDULES))
+            if weights[name] == 0 and schedule != "constant":
+                raise ValueError(
+                    f"schedules.{name} must be 'constant' where {name} is 0: got {schedule!r}; "
+                    f"raise {name}, or drop its schedule."
+                )
 
 
 @dataclass(frozen=True)
@@ -84,7 +126,7 @@ class TrainConfig:
     keep: int = 2
     # Trackers of accelerate that receive the log besides: "tensorboard", "wandb" and others.
     trackers: Sequence[str] = ()
-    # Seed of dropout; of `fakd train` also of the order of the rows and of what is drawn.
+    # Seed of dropout, from 0; of `fakd train` also of the order of the rows and of what is drawn.
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +138,10 @@ class TrainConfig:
             raise ValueError(f"warmup must be from 0 to 1: got {self.warmup}; pass a share.")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay must be >= 0: got {self.weight_decay}; raise it.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(
+                f"seed must be from 0 to 2^64 - 1: got {self.seed}; pass such a number."
+            )
         check_choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
 
 
@@ -108,7 +154,7 @@ class StudentConfig:
     # Folder or file of a Hugging Face config to draw a student from at random.
     config: str | None = None
     # Blocks taken from the teacher: how many, at even distances, or which, counted from 1.
-    layers: int | Sequence[int] | None = None
+    layers: Blocks = None
     # Features of the hidden states, with `layers`; None keeps the teacher's. A multiple of its
     # width per head.
     width: int | None = None
@@ -118,6 +164,12 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         check_choice("student.pooling", self.pooling, ("model", "mean"))
+        wanted = self.layers
+        if wanted is not None and not _are_integers(wanted if _is_list(wanted) else [wanted]):
+            raise ValueError(
+                f"student.layers must be how many blocks of the teacher are kept, or a list of "
+                f"which, from 1: got {wanted!r}; write 4 or [1, 3], for example."
+            )
         given = [n for n in ("path", "config", "layers") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -206,7 +258,18 @@ class RunConfig:
                 f"exactly one of steps and epochs must be given: got {self.steps} and "
                 f"{self.epochs}; keep one."
             )
-        check_positive("steps" if self.epochs is None else "epochs", self.steps or self.epochs)
+        length = "steps" if self.epochs is None else "epochs"
+        check_positive(length, getattr(self, length))
+        if self.teacher is None and self.distill.task_weight == 0:
+            raise ValueError(
+                "distill.task_weight must be > 0 where labels alone are learned from: got 0 with "
+                "teacher: null; raise it, or pass the path of a teacher."
+            )
+        if self.task == "classification" and self.distill.top_k is not None:
+            raise ValueError(
+                "distill.top_k must be left out for classification, which compares all classes: "
+                f"got {self.distill.top_k}; drop it."
+            )
         if self.task == "causal_lm" and self.student.pooling == "mean":
             raise ValueError(
                 "student.pooling must be 'model' for causal_lm: got 'mean', which classifies; drop "
@@ -242,6 +305,14 @@ def _check_cached(config: RunConfig) -> None:
         raise ValueError(
             "distill.top_k must be given where teacher_cache is: got null; pass 64, for example."
         )
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _are_integers(values: Any) -> bool:
+    return _is_list(values) and all(type(value) is int for value in values)
 
 
 def check_positive(name: str, value: float) -> None:

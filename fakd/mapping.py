@@ -7,7 +7,8 @@ a list of (student_layer, teacher_layer).
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -38,7 +39,7 @@ def layer_pairs(
         if count < 1:
             raise ValueError(f"{name} must be at least 1: got {count}; pass the number of blocks.")
     if isinstance(mapping, str):
-        pairs = _preset(mapping, student_layers, teacher_layers)
+        pairs = _preset(mapping)(student_layers, teacher_layers)
     else:
         pairs = [_pair(index, pair) for index, pair in enumerate(mapping)]
     _check(pairs, student_layers, teacher_layers)
@@ -102,21 +103,42 @@ def all_layers(student_layers: int, teacher_layers: int) -> LayerPairs:
     return [(0, 0), *uniform(student_layers, teacher_layers)]
 
 
-def _preset(name: str, student_layers: int, teacher_layers: int) -> LayerPairs:
+def check_mapping(name: str, mapping: Any) -> None:
+    """Check what can be checked before the models are there.
+
+    Args:
+        name: of the setting, for messages.
+        mapping: as `layer_pairs` takes it.
+
+    Raises:
+        ValueError: neither a preset nor pairs of numbers from 0.
+    """
+    if isinstance(mapping, str):
+        _preset(mapping, name)
+        return
+    is_list = isinstance(mapping, (tuple, list))
+    if not is_list or not all(_is_pair(pair) and min(pair) >= 0 for pair in mapping):
+        raise ValueError(
+            f"{name} must be the name of a preset, or pairs of a student's and a teacher's layer, "
+            f"from 0: got {mapping!r}; write 'uniform' or [[1, 2], [2, 4]], for example."
+        )
+
+
+def _preset(name: str, setting: str = "mapping") -> Callable[[int, int], LayerPairs]:
+    """What makes pairs of the numbers of layers, by the name of a preset."""
     if match := re.fullmatch(r"(last|first)_(\d+)", name):
-        preset = {"last": last_k, "first": first_k}[match[1]]
-        return preset(student_layers, teacher_layers, int(match[2]))
+        return partial({"last": last_k, "first": first_k}[match[1]], k=int(match[2]))
     presets = {"uniform": uniform, "last": last, "all": all_layers}
     if name in presets:
-        return presets[name](student_layers, teacher_layers)
+        return presets[name]
     if name in ("last_k", "first_k"):
         remedy = f"put the number in place of k, as in {name[:-1] + '3'!r}"
     else:
         close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
         remedy = f"did you mean {close!r}?"
     raise ValueError(
-        "mapping must be 'uniform', 'last', 'last_<number>', 'first_<number>', 'all' or a list of "
-        f"pairs: got {name!r}; {remedy}"
+        f"{setting} must be 'uniform', 'last', 'last_<number>', 'first_<number>', 'all' or a list "
+        f"of pairs: got {name!r}; {remedy}"
     )
 
 
@@ -130,13 +152,17 @@ def _check_k(name: str, k: int, student_layers: int, teacher_layers: int) -> Non
 
 
 def _pair(index: int, pair: Any) -> tuple[int, int]:
-    is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
-    if not is_pair or any(isinstance(n, bool) or not isinstance(n, int) for n in pair):
+    if not _is_pair(pair):
         raise TypeError(
             f"mapping[{index}] must be (student_layer, teacher_layer), two integers: "
             f"got {pair!r}; write it as in (1, 2)."
         )
     return pair[0], pair[1]
+
+
+def _is_pair(pair: Any) -> bool:
+    is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+    return is_pair and not any(isinstance(n, bool) or not isinstance(n, int) for n in pair)
 
 
 def _check(pairs: LayerPairs, student_layers: int, teacher_layers: int) -> None:

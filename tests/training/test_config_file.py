@@ -102,11 +102,47 @@ def test_differences_are_named(file):
         ("data=r8", "data: .*got 'r8'"),
         ("data.rows=0", "data.rows must be > 0: got 0"),
         ("data.layout=packed", "data.layout must be 'blocks' for classification"),
+        ("steps=0", "^steps must be > 0: got 0; raise it.$"),
+        ("train.seed=-1", "^seed must be from 0 to .*got -1"),
+        ("distill.alpha=-1", "^alpha must be a finite number >= 0: got -1"),
+        ("distill.temperature=0", "^temperature must be finite and > 0: got 0"),
+        ("distill.top_k=0", "^top_k must be > 0: got 0"),
+        ("distill.top_k=5", "^distill.top_k must be left out for classification.*got 5; drop it"),
+        ("distill.mapping=unifrom", "^mapping must be .*got 'unifrom'; did you mean 'uniform'"),
+        ("distill.mapping=last_k", "^mapping must be .*put the number in place of k"),
+        (
+            "distill.mapping=5",
+            "^mapping must be the name of a preset, or pairs.*got 5; .*example.$",
+        ),
+        ("distill.mapping=[[1, -2]]", "^mapping must be the name of a preset, or pairs"),
+        ("distill.mapping=[1, 2]", "^mapping must be the name of a preset, or pairs"),
+        ("distill.attention_mapping=firs", "^attention_mapping must be .*got 'firs'; did you mean"),
+        ("distill.output_distance=mse", "^output_distance must be one of .*got 'mse'"),
+        ("distill.euclidean=square", "^euclidean must be one of .*got 'square'"),
+        ("distill.projection=each", "^projection must be one of"),
+        ("distill.init=random", "^init must be one of .*got 'random'"),
+        ("distill.heads=all", "^heads must be one of .*got 'all'"),
+        ("distill.heads=2", "^heads must be one of .*, or a list .*got 2; write"),
+        ("distill.heads=[a]", "^heads must be one of .*, or a list .*got \\('a',\\); write"),
+        ("student.layers=four", "^student.layers must be how many blocks .*got 'four'; write"),
+        ("distill.schedules={alpha: fall}", "^schedules.alpha must be 'constant' where alpha is 0"),
     ],
 )
 def test_wrong_settings_are_named(file, setting, message):
     with pytest.raises(ConfigError, match=message):
         load_config(file, [setting])
+
+
+def test_nothing_to_learn_from_is_an_error_of_settings(file):
+    nothing = [f"distill.{name}=0" for name in ("task_weight", "beta", "gamma", "delta")]
+    with pytest.raises(
+        ConfigError, match=r"^one of the weights task_weight, .* must be > 0: got 0"
+    ):
+        load_config(file, nothing)
+    alone = ["teacher=null", "student={path: x}", "distill.task_weight=0"]
+    with pytest.raises(ConfigError, match=r"^distill.task_weight must be > 0 where labels alone"):
+        load_config(file, alone)
+    load_config(file, [*nothing[1:], "distill.schedules={beta: constant}"])
 
 
 def test_what_is_missing_is_named():

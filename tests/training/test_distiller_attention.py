@@ -109,7 +109,7 @@ def test_from_config():
     assert model.attention.heads == [3, 1]
     assert model(**tiny_batch()).loss.isfinite()
     assert Distiller.from_config(teacher, student, DistillConfig()).attention is None
-    with pytest.raises(ValueError, match="weight must be a finite number >= 0: got -1"):
+    with pytest.raises(ValueError, match="gamma must be a finite number >= 0: got -1"):
         Distiller.from_config(teacher, student, DistillConfig(gamma=-1.0))
 
 
