@@ -6,14 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fakd import run, stopping
 from tests.support.runs import ROOT, invoke, make_assets, settings
 
 
@@ -168,77 +166,6 @@ def test_killed_at_any_point_the_same_command_ends_in_the_same_weights(
     assert_same_weights(tmp_path / "run", finished[task])
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [2, 4, 6, 8]
-
-
-def on_step(monkeypatch, count, do):
-    """Do something inside the n-th step of the optimizer."""
-    original, calls = torch.optim.AdamW.step, []
-
-    def step(*arguments, **options):
-        calls.append(1)
-        if len(calls) == count:
-            do()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "count", "kept"),
-    [
-        (signal.SIGINT, 130, 1, 1),
-        (signal.SIGTERM, 143, 3, 3),
-        (signal.SIGTERM, 143, 8, 8),  # a checkpoint is due then anyway
-    ],
-)
-def test_a_signal_ends_a_training_with_a_checkpoint_to_go_on_from(
-    assets, finished, tmp_path, monkeypatch, number, code, count, kept
-):
-    arguments = settings(assets, tmp_path / "run", "classification", "train.checkpoint_every=null")
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        on_step(patch, count, lambda: signal.raise_signal(number))
-        result = invoke("train", *arguments)
-    assert result.exit_code == code, result.output
-    told = f"stopped after step {kept} of 8, which is kept; the same command goes on from there"
-    assert told in " ".join(result.output.split())
-    assert signal.getsignal(number) is before
-    assert not (tmp_path / "run" / "results.json").exists()
-    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
-    progress = json.loads((path / "progress.json").read_text())
-    assert progress["step"] == kept
-    assert (progress["scores"] is None) == (kept < 8)  # scores may take longer than there is time
-    result = invoke("train", *arguments)
-    assert result.exit_code == 0, result.output
-    assert_same_weights(tmp_path / "run", finished["classification"])
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    expected = json.loads((finished["classification"] / "results.json").read_text())
-    assert results["student"] == expected["student"]
-
-
-def test_a_second_signal_stops_at_once(assets, tmp_path, monkeypatch):
-    def twice():
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # as torchrun passes on
-        clock = time.monotonic()
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: clock + 2)
-        signal.raise_signal(signal.SIGINT)
-
-    on_step(monkeypatch, 3, twice)
-    arguments = settings(assets, tmp_path / "run", "classification", "train.checkpoint_every=null")
-    result = invoke("train", *arguments)
-    assert result.exit_code == 130, result.output
-    assert "stopped at once" in result.output
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-
-@pytest.mark.parametrize("name", ["build", "_save_student"])
-def test_a_signal_outside_of_the_steps_says_what_there_is(assets, tmp_path, monkeypatch, name):
-    monkeypatch.setattr(run, name, lambda *_: signal.raise_signal(signal.SIGTERM))
-    result = invoke("train", *settings(assets, tmp_path / "run"))
-    assert result.exit_code == 143, result.output
-    told = {"build": "there is nothing to keep", "_save_student": "stopped after the last step"}
-    assert told[name] in " ".join(result.output.split())
 
 
 def test_a_truncated_checkpoint_is_refused_by_name_and_the_run_goes_on(assets, finished, tmp_path):
