@@ -42,6 +42,11 @@ def _errors_in_one_line() -> Iterator[Console]:
         raise typer.Exit(130) from None
 
 
+def _given(flags: dict[str, object]) -> list[tuple[str, object]]:
+    """The flags that were passed, as they stand: YAML would cut a path at " #"."""
+    return [(name, value) for name, value in flags.items() if value is not None]
+
+
 @app.command()
 def train(
     config: Annotated[
@@ -74,10 +79,11 @@ def train(
 
         flags = {"task": task, "teacher": teacher, "output": output, "steps": steps}
         flags |= {"epochs": epochs, "data.source": data}
-        if student is not None:
-            flags["student.layers" if student.isdecimal() else "student.path"] = student
-        given = [f"{name}={value}" for name, value in flags.items() if value is not None]
-        whole = load_config(config, [*given, *settings])
+        if student is not None and student.isdecimal():
+            flags["student.layers"] = int(student)
+        else:
+            flags["student.path"] = student
+        whole = load_config(config, [*_given(flags), *settings])
         if is_dry:
             console.print(to_yaml(whole), end="", soft_wrap=True, highlight=False, markup=False)
             return
@@ -179,8 +185,7 @@ def demo(
         from .distribute import leave
 
         flags = {"output": output, "seeds": seeds}
-        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-        run_all(load_demo(name, [*given, *settings], is_quick=quick), console)
+        run_all(load_demo(name, [*_given(flags), *settings], is_quick=quick), console)
         leave()
 
 

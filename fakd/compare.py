@@ -1,7 +1,7 @@
 """`fakd compare`: trainings that differ in some settings, from several seeds, and a verdict."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from .config import RunConfig, check_positive
-from .config_file import ConfigError, config_from, merge, read_settings, settings_from
+from .config_file import ConfigError, Override, config_from, merge, read_settings, settings_from
 from .distribute import is_main_process, start_anew
 from .measure import Costs, measure_costs
 from .page import to_table
@@ -67,7 +67,7 @@ class Planned:
     arms: dict[str, list[RunConfig]]
 
 
-def load_comparison(path: Path, overrides: list[str]) -> CompareConfig:
+def load_comparison(path: Path, overrides: Sequence[Override]) -> CompareConfig:
     """Read a comparison from a YAML file, then change some of it, as `load_config` does.
 
     Raises:

@@ -17,19 +17,21 @@ from pydantic import TypeAdapter, ValidationError
 from .config import RunConfig
 
 T = TypeVar("T")
+# "name=value", the value as YAML; or a name and a value that is taken as it stands.
+Override = str | tuple[str, Any]
 
 
 class ConfigError(ValueError):
     """Settings that cannot be; the message says which, and what to do."""
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path | None, overrides: Sequence[Override] = ()) -> RunConfig:
     """Read settings from a YAML file, then change some of them.
 
     Args:
         path: has the fields of `RunConfig`, nested; None starts from nothing.
-        overrides: "name=value" each, the name dotted ("train.learning_rate=1e-3"), the value as
-            YAML; they win over the file, the last over those before.
+        overrides: see `Override`, the names dotted ("train.learning_rate=1e-3"); they win over
+            the file, the last over those before.
 
     Raises:
         ConfigError: no such file, no YAML, an unknown name (with the nearest right one), a value
@@ -52,17 +54,12 @@ def settings_from(settings: Mapping[str, Any], kind: type[T]) -> T:
         raise ConfigError("\n".join(_sentence(each) for each in error.errors())) from None
 
 
-def read_settings(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_settings(path: Path | None, overrides: Sequence[Override] = ()) -> dict[str, Any]:
     """What a file says, with what overrides change; as for `load_config`, unchecked."""
     settings = {} if path is None else _read(path)
     for override in overrides:
-        name, equals, value = override.partition("=")
-        if not equals or not name:
-            raise ConfigError(
-                f"a setting must be written name=value: got {override!r}; write, for example, "
-                "train.learning_rate=1e-3."
-            )
-        _put(settings, name.split("."), _parse(value, name))
+        name, value = _assignment(override) if isinstance(override, str) else override
+        _put(settings, name.split("."), value)
     return settings
 
 
@@ -107,6 +104,16 @@ def _read(path: Path) -> dict:
             "example, `task: classification`."
         )
     return settings
+
+
+def _assignment(override: str) -> tuple[str, Any]:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(
+            f"a setting must be written name=value: got {override!r}; write, for example, "
+            "train.learning_rate=1e-3."
+        )
+    return name, _parse(value, name)
 
 
 def _parse(text: str, name: str) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .compare import CompareConfig, load_comparison
+from .config_file import Override
 from .losses.shared import check_choice
 
 _FOLDER = Path(__file__).parent / "demos"
@@ -14,7 +15,9 @@ _QUICK = {
 }
 
 
-def load_demo(name: str, overrides: Sequence[str] = (), *, is_quick: bool = False) -> CompareConfig:
+def load_demo(
+    name: str, overrides: Sequence[Override] = (), *, is_quick: bool = False
+) -> CompareConfig:
     """The settings of a demo, some of them changed.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from .config import RunConfig
-from .config_file import ConfigError, load_config
+from .config_file import ConfigError, Override, load_config
 from .data import prepare
 from .distribute import join
 from .evaluate import evaluate
@@ -50,7 +50,7 @@ def _settings(
 ) -> RunConfig:
     """The model that is scored stands in the teacher's place."""
     known = Path(folder) / CONFIG
-    given = [] if data is None else [f"data.source={data}"]
+    given: list[Override] = [] if data is None else [("data.source", data)]
     if known.is_file():
         if task is not None:
             raise ConfigError(
@@ -62,11 +62,12 @@ def _settings(
                 f"{folder} must hold a training that ended: got no {STUDENT} in it; let fakd train "
                 "end first."
             )
-        return load_config(known, [*given, *settings, f"teacher={student}"])
+        return load_config(known, [*given, *settings, ("teacher", str(student))])
     if task is None or data is None:
         raise ConfigError(
             f"task and data must be given for a model that is no training of fakd: got {task} and "
             f"{data}; pass --task and --data."
         )
-    given += [f"task={task}", f"teacher={folder}", "steps=1", "output=.", "student.layers=1"]
+    given += [("task", task), ("teacher", folder)]
+    given += ["steps=1", "output=.", "student.layers=1"]
     return load_config(None, [*given, *settings])

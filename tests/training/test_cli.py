@@ -1,10 +1,13 @@
 """The command line: help, and errors as one line with exit code 2."""
 
 from importlib import metadata
+from pathlib import Path
 
 import datasets  # noqa: F401 (reads metadata of packages when first imported, which a test hides)
 import pytest
+import yaml
 
+from fakd.demo import load_demo
 from tests.support.runs import invoke
 
 
@@ -24,6 +27,18 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("path", ["w/exp #3", "2025", "{x}", "o/a: b", "null"])
+def test_flags_are_texts_not_yaml(path):
+    flags = ("--task", "causal_lm", "--student", "2", "--steps", "1")
+    paths = ("--teacher", path, "--data", path, "--output", path)
+    result = invoke("train", *flags, *paths, "--dry")
+    assert result.exit_code == 0, result.output
+    shown = yaml.safe_load(result.output)
+    assert [shown["teacher"], shown["data"]["source"], shown["output"]] == [path] * 3
+    assert shown["student"]["layers"] == 2
+    assert load_demo("r8", [("output", path)]).output == Path(path)
 
 
 @pytest.mark.parametrize(
