@@ -199,7 +199,8 @@ class DataConfig:
     # Columns of the text and, for pairs, of the second text; None takes the source's own.
     text: str | None = None
     text_pair: str | None = None
-    # Column of the label, for classification.
+    # Column of the label, for classification: texts or whole numbers; numbers with fractions are a
+    # regression.
     label: str = "label"
     # Splits that are trained on and scored; a source without the second has a fifth held out.
     train_split: str = "train"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Value
 
 from .sources import nearest
 
@@ -17,10 +17,29 @@ def check_column(rows: Dataset, column: str, setting: str) -> None:
         )
 
 
-def class_names(rows: Dataset, column: str, name: str) -> list[str] | None:
-    """The classes, from the training rows; None where labels are numbers to come close to.
+def check_labels(rows: Dataset, column: str) -> None:
+    """Raise where a row may have several labels, or labels are of several kinds."""
+    feature = rows.features[column]
+    if not isinstance(feature, (ClassLabel, Value)):
+        raise ValueError(
+            "data.label must be a column of one text or one number for each row: got "
+            f"{column!r} of {feature}; choose another, or keep one label."
+        )
 
-    Floats are such numbers. A `ClassLabel` has names already; integers and strings are sorted.
+
+def are_classes(rows: Dataset, column: str) -> bool:
+    """Whether labels are classes, and not numbers to come close to.
+
+    Such numbers have fractions, one of them at least. Whole numbers are classes, written as 1 or as
+    1.0: a blank makes floats of a column of integers.
+    """
+    return not any(isinstance(v, float) and not v.is_integer() for v in rows[column][:])
+
+
+def class_names(rows: Dataset, column: str, name: str) -> list[str] | None:
+    """The classes, from the training rows; None for a regression, see `are_classes`.
+
+    A `ClassLabel` has names already; numbers and strings are sorted.
 
     Raises:
         ValueError: fewer than two classes.
@@ -28,10 +47,10 @@ def class_names(rows: Dataset, column: str, name: str) -> list[str] | None:
     feature = rows.features[column]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
-    elif str(getattr(feature, "dtype", "")).startswith(("float", "double")):
+    elif not are_classes(rows, column):
         return None
     else:
-        names = [str(value) for value in sorted(set(rows[column][:]))]
+        names = [_name(value) for value in sorted(set(rows[column][:]))]
     if len(names) < 2:
         raise ValueError(
             f"{name} must have at least two classes: got {names}; pass more data, or another "
@@ -58,9 +77,15 @@ def to_targets(
         own = rows.features[column].names
         values = [own[value] if value >= 0 else "(hidden)" for value in values]
     place = {name: index for index, name in enumerate(classes)}
-    if unknown := sorted({str(value) for value in values} - set(place)):
+    names = [_name(value) for value in values]
+    if unknown := sorted(set(names) - set(place)):
         raise ValueError(
             f"{split} must have no class but those of the training rows: got "
             f"{', '.join(map(repr, unknown[:5]))} in {column}; pass more data, or another split."
         )
-    return [place[str(value)] for value in values]
+    return [place[name] for name in names]
+
+
+def _name(label: object) -> str:
+    is_whole = isinstance(label, float) and label.is_integer()
+    return str(int(label) if is_whole else label)

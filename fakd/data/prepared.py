@@ -73,7 +73,7 @@ def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -
 
     Args:
         config: see `DataConfig`.
-        task: "classification" (also regression, where labels are floats) or "causal_lm".
+        task: "classification" (also regression, where labels have fractions) or "causal_lm".
         tokenizer: of the models.
 
     Raises:

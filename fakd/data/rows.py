@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..config import DataConfig
 from .labelled import is_held_out
-from .labels import check_column
+from .labels import check_column, check_labels
 from .sources import Source, nearest, read_source
 
 _USUAL_TEXT = ("text", "sentence")  # columns, where neither settings nor source name one
@@ -45,6 +45,7 @@ def read_rows(config: DataConfig, task: str) -> Rows:
             check_column(rows, column, setting)
         if task == "classification":
             check_column(rows, config.label, "data.label")
+            check_labels(rows, config.label)
     columns = list(texts.values())
     needed = [*columns, config.label] if task == "classification" else columns
     whole = {split: _without_blanks(rows, needed) for split, rows in splits.items()}

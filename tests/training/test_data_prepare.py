@@ -66,16 +66,25 @@ def test_a_folder_without_splits(tmp_path):
         (["NA", "null"], ["NA", "null"]),
         ([10, 9], ["9", "10"]),
         ([True, False], ["False", "True"]),
+        ([10.0, 9.0], ["9", "10"]),
     ],
 )
-def test_labels_of_any_kind(tmp_path, labels, names):
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_labels_of_any_kind(tmp_path, labels, names, suffix):
     rows = some_rows(label=[labels[i % 2] for i in range(60)])
-    found = prepare(write(tmp_path / "mine.csv", rows))
+    found = prepare(write(tmp_path / f"mine{suffix}", rows))
     assert found.labels == names
     assert set(found.train["label"][:]) == {0, 1}
 
 
-def test_numbers_are_a_regression(tmp_path):
+def test_a_blank_among_whole_numbers_leaves_classes(tmp_path):
+    rows = some_rows(label=[None, *(i % 3 for i in range(1, 60))])
+    found = prepare(write(tmp_path / "mine.csv", rows))
+    assert (found.labels, found.dropped) == (["0", "1", "2"], 1)
+    assert sorted([*found.train["label"], *found.test["label"]]) == sorted(rows["label"][1:])
+
+
+def test_numbers_with_fractions_are_a_regression(tmp_path):
     rows = some_rows(label=[i / 4 for i in range(60)])
     found = prepare(write(tmp_path / "mine.csv", rows))
     assert found.labels is None

@@ -138,6 +138,10 @@ def test_unusable_labels(tmp_path):
         ValueError, match=r"'test' must have no class but those .* got 'c' in label"
     ):
         prepare(tmp_path / "split")
+    for number, labels in enumerate([["a"], {"is": "a"}]):
+        path = write(tmp_path / f"many{number}.jsonl", some_rows(label=[labels] * 60))
+        with pytest.raises(ValueError, match=r"one text or one number .*: got 'label' of .*; choo"):
+            prepare(path)
     path = write(tmp_path / "inf.csv", some_rows(label=[0.5] * 59 + [float("inf")]))
     with pytest.raises(ValueError, match="label must be finite in the split"):
         prepare(path)
