@@ -68,8 +68,8 @@ class Prepared:
 def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Read, check, split and tokenise; a second call reads the token ids from the cache.
 
-    Where a source has nothing to score, a fifth is held out: of labelled texts by their hash, of a
-    language model's blocks the last.
+    Where a source has nothing to score, a fifth is held out: of labelled texts by their hash, but
+    no class whole; of a language model's blocks the last.
 
     Args:
         config: see `DataConfig`.

@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..config import DataConfig
 from .labelled import is_held_out
-from .labels import check_column, check_labels
+from .labels import are_classes, check_column, check_labels
 from .sources import Source, nearest, read_source
 
 _USUAL_TEXT = ("text", "sentence")  # columns, where neither settings nor source name one
@@ -31,7 +31,7 @@ class Rows:
 def read_rows(config: DataConfig, task: str) -> Rows:
     """Read and check the rows of `config.source`.
 
-    Where there is no split to score, a fifth of labelled texts is held out.
+    Where there is no split to score, a fifth of labelled texts is held out, but no class whole.
 
     Raises:
         ModuleNotFoundError, OSError, ValueError: nothing there, nothing that can be read, no such
@@ -55,7 +55,7 @@ def read_rows(config: DataConfig, task: str) -> Rows:
         for setting, column in texts.items():
             _check_text(rows, column, setting)
     if task == "classification" and "test" not in whole:
-        whole |= _hold_out(whole["train"], columns)
+        whole |= _hold_out(whole["train"], columns, config.label)
         _check_rows(source.name, whole, needed)
     return Rows(source.name, whole, columns, source.metrics, dropped)
 
@@ -117,9 +117,16 @@ def _without_blanks(rows: Dataset, columns: Sequence[str]) -> Dataset:
     return rows if len(kept) == len(rows) else rows.select(kept)
 
 
-def _hold_out(rows: Dataset, columns: Sequence[str]) -> dict[str, Dataset]:
+def _hold_out(rows: Dataset, columns: Sequence[str], label: str) -> dict[str, Dataset]:
     """By the hash of the texts: the same in every run, equal texts on one side."""
+    texts = list(map("\n".join, zip(*(rows[column][:] for column in columns), strict=True)))
+    chosen = {text for text in texts if is_held_out(text)}
+    if are_classes(rows, label):
+        # A class that is held out whole could not be learned: its texts stay.
+        labels = rows[label][:]
+        kept = {name for name, text in zip(labels, texts, strict=True) if text not in chosen}
+        chosen -= {text for name, text in zip(labels, texts, strict=True) if name not in kept}
     sides: tuple[list[int], list[int]] = ([], [])
-    for index, texts in enumerate(zip(*(rows[column][:] for column in columns), strict=True)):
-        sides[is_held_out("\n".join(texts))].append(index)
+    for index, text in enumerate(texts):
+        sides[text in chosen].append(index)
     return {"train": rows.select(sides[0]), "test": rows.select(sides[1])}

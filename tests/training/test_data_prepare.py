@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from fakd import data
+from fakd.data.labelled import is_held_out
 from tests.support.models import tiny_tokenizer
 from tests.support.sources import own_caches, prepare, some_rows, write
 from tests.support.texts import is_installed
@@ -93,6 +94,18 @@ def test_numbers_with_fractions_are_a_regression(tmp_path):
     assert "texts with a number each" in found.describe()
     with pytest.raises(ValueError, match="labels_per_class must be absent for regression: got 2"):
         prepare(tmp_path / "mine.csv", labels_per_class=2)
+
+
+def test_no_class_is_held_out_whole(tmp_path):
+    rows = some_rows(label=["rare" if i in (3, 7) else "ab"[i % 2] for i in range(60)])
+    for index in (3, 7):
+        rows["text"][index] = next(
+            text for text in (f"w{index} w{k}" for k in range(50)) if is_held_out(text)
+        )
+    found = prepare(write(tmp_path / "mine.csv", rows))
+    assert found.labels == ["a", "b", "rare"]
+    assert Counter(found.train["label"])[2] == 2
+    assert set(found.test["label"][:]) == {0, 1}
 
 
 def test_pairs_of_texts(tmp_path):
