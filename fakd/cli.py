@@ -116,7 +116,12 @@ def evaluate(
         str, typer.Argument(help="Output folder of a training, or a model (then --data, --task).")
     ],
     task: Annotated[str | None, typer.Option(help="classification or causal_lm.")] = None,
-    data: Annotated[str | None, typer.Option(help="As for fakd train; default the run's.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="As for fakd train, scored whole without a split for it; default the run's."
+        ),
+    ] = None,
     settings: Settings = [],  # noqa: B006
 ) -> None:
     """Score a student, or any model, on held-out rows."""

@@ -26,21 +26,37 @@ from .language_models import smollm2_folder
 from .mean_classifier import MeanClassifier, has_mean_head
 
 
-def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> nn.Module:
+def output_names(config: RunConfig) -> list[str] | None:
+    """What the model that `config.teacher` names calls its classes, in order; None without.
+
+    Raises:
+        ModuleNotFoundError, FileNotFoundError: as `load_teacher` does.
+    """
+    if config.task == "causal_lm":
+        return None
+    settings = _read_config("model", _resolve("model", config.teacher))
+    names = [str(settings.id2label[index]) for index in range(settings.num_labels)]
+    return names if len(names) > 1 else None
+
+
+def load_teacher(
+    config: RunConfig, labels: Sequence[str] | None, setting: str = "teacher"
+) -> nn.Module:
     """The model that `config.teacher` names, in float32 and eval mode.
 
     Args:
         config: its `teacher` is a folder, a name on the hub, "minilm" or "smollm2" (packages).
         labels: names of the classes, in order; None for a regression.
+        setting: the name of what holds the path, for messages.
 
     Raises:
         ModuleNotFoundError: a package is not installed; the message has the command.
         FileNotFoundError: no such model. ValueError: its head is none for these labels.
     """
-    path = _resolve("teacher", config.teacher)
+    path = _resolve(setting, config.teacher)
     if config.task == "causal_lm":
-        return _load("teacher", AutoModelForCausalLM, path)[0].eval()
-    settings = _read_config("teacher", path)
+        return _load(setting, AutoModelForCausalLM, path)[0].eval()
+    settings = _read_config(setting, path)
     outputs = 1 if labels is None else len(labels)
     remedy = (
         "fine-tune it on these data first, by a run with teacher: null and student.path: "
@@ -48,22 +64,22 @@ def load_teacher(config: RunConfig, labels: Sequence[str] | None) -> nn.Module:
     )
     if settings.num_labels != outputs:
         raise ValueError(
-            f"teacher must have a head of {outputs} outputs, as the data have: got "
+            f"{setting} must have a head of {outputs} outputs, as the data have: got "
             f"{settings.num_labels} in {config.teacher}; {remedy}"
         )
     if has_mean_head(path):
         model, missing = MeanClassifier.from_pretrained(path), []
     else:
-        model, missing = _load("teacher", AutoModelForSequenceClassification, path)
+        model, missing = _load(setting, AutoModelForSequenceClassification, path)
     if missing:
         raise ValueError(
-            f"teacher must have a trained head: got {config.teacher} without "
+            f"{setting} must have a trained head: got {config.teacher} without "
             f"{', '.join(missing[:3])}; {remedy}"
         )
     theirs = [settings.id2label[index] for index in range(outputs)]
     if labels is not None and theirs != list(labels) and set(theirs) == set(labels):
         raise ValueError(
-            f"teacher must have its classes in the order of the data: got {theirs} and "
+            f"{setting} must have its classes in the order of the data: got {theirs} and "
             f"{list(labels)}; {remedy}"
         )
     return model.eval()

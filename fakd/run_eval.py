@@ -5,13 +5,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .config import RunConfig
+from .config import DataConfig, RunConfig
 from .config_file import ConfigError, Override, load_config
-from .data import prepare
+from .data import prepare, prepare_test
 from .distribute import join
 from .evaluate import evaluate
 from .libraries import quieten_libraries
-from .models import check_length, load_teacher, load_tokenizer
+from .models import check_length, load_teacher, load_tokenizer, output_names
 from .run import CONFIG, STUDENT, in_words
 
 
@@ -19,6 +19,8 @@ def score_folder(
     folder: str, task: str | None, data: str | None, settings: Sequence[str], console: Console
 ) -> dict[str, float]:
     """Score a model on held-out rows, and say so.
+
+    Data that a model was not trained on by fakd, and that have no split to score, are scored whole.
 
     Args:
         folder: the output folder of `fakd train`, whose student and data are taken; or what
@@ -32,11 +34,14 @@ def score_folder(
         ConfigError: neither a training nor enough to score a model. Others as `fakd train` does.
     """
     quieten_libraries()
-    config = _settings(folder, task, data, settings)
+    config, is_own_data = _settings(folder, task, data, settings)
     accelerator = join()
     tokenizer = load_tokenizer(config.teacher)
-    prepared = prepare(config.data, config.task, tokenizer)
-    model = load_teacher(config, prepared.labels).to(accelerator.device)
+    if is_own_data:
+        prepared = prepare(config.data, config.task, tokenizer)
+    else:
+        prepared = prepare_test(config.data, config.task, tokenizer, output_names(config))
+    model = load_teacher(config, prepared.labels, "model").to(accelerator.device)
     check_length(config.data, model)
     scores = evaluate(model, prepared, tokenizer, accelerator=accelerator).scores
     if accelerator.is_main_process:
@@ -47,8 +52,8 @@ def score_folder(
 
 def _settings(
     folder: str, task: str | None, data: str | None, settings: Sequence[str]
-) -> RunConfig:
-    """The model that is scored stands in the teacher's place."""
+) -> tuple[RunConfig, bool]:
+    """The model that is scored stands in the teacher's place; and whether these are its data."""
     known = Path(folder) / CONFIG
     given: list[Override] = [] if data is None else [("data.source", data)]
     if known.is_file():
@@ -62,7 +67,13 @@ def _settings(
                 f"{folder} must hold a training that ended: got no {STUDENT} in it; let fakd train "
                 "end first."
             )
-        return load_config(known, [*given, *settings, ("teacher", str(student))])
+        own = load_config(known).data
+        if data is not None and not _is_same(data, own.source):
+            # These say something of the data that were trained on.
+            names = ("name", "train_split", "test_split", "labels_per_class", "test_rows")
+            given += [(f"data.{name}", getattr(DataConfig(data), name)) for name in names]
+        config = load_config(known, [*given, *settings, ("teacher", str(student))])
+        return config, _is_same(config.data.source, own.source)
     if task is None or data is None:
         raise ConfigError(
             f"task and data must be given for a model that is no training of fakd: got {task} and "
@@ -70,4 +81,8 @@ def _settings(
         )
     given += [("task", task), ("teacher", folder)]
     given += ["steps=1", "output=.", "student.layers=1"]
-    return load_config(None, [*given, *settings])
+    return load_config(None, [*given, *settings]), False
+
+
+def _is_same(source: str, other: str) -> bool:
+    return Path(source).expanduser().resolve() == Path(other).expanduser().resolve()

@@ -4,7 +4,7 @@ from .batching import collate, mixed_batches, plan, split
 from .blocks import causal_labels, cut_blocks, pack, spread_indices, token_ids
 from .labelled import IGNORED_LABEL, SOURCES, TextData, hide_labels, load, read_table
 from .places import cache_folder, package_file
-from .prepared import Prepared, lengths, prepare
+from .prepared import Prepared, lengths, prepare, prepare_test
 from .sources import GLUE_TASKS
 from .texts import Corpus, load_corpus
 from .tokens import check_tokenizers, tokenizer_hash
@@ -30,6 +30,7 @@ __all__ = [
     "package_file",
     "plan",
     "prepare",
+    "prepare_test",
     "read_table",
     "split",
     "spread_indices",

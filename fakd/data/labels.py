@@ -86,6 +86,55 @@ def to_targets(
     return [place[name] for name in names]
 
 
+def names_of_outputs(
+    splits: Sequence[Dataset], column: str, outputs: Sequence[str] | None
+) -> list[str] | None:
+    """What the data call each output of a model that is scored, in its order.
+
+    Labels are the model's own names; or whole numbers, which count its outputs from 0. Names of a
+    `ClassLabel` that the model does not know, and any names where its own say nothing (LABEL_0),
+    are taken in their order, if there are as many as outputs.
+
+    Args:
+        splits: all that is scored.
+        column: of the labels.
+        outputs: the model's names; None for a regression.
+
+    Raises:
+        ValueError: a label that is none of the model's, or no number for a regression.
+    """
+    values = {value for rows in splits for value in rows[column][:]}
+    feature = splits[0].features[column]
+    if outputs is None:
+        if texts := sorted(value for value in values if isinstance(value, str)):
+            raise ValueError(
+                f"{column} must hold numbers, as the model has one output: got {texts[0]!r}; "
+                "choose another data.label, or score a classifier."
+            )
+        return None
+    if isinstance(feature, ClassLabel):
+        given = {feature.names[value] if value >= 0 else "(hidden)" for value in values}
+        theirs = [] if set(feature.names) & set(outputs) else list(feature.names)
+    else:
+        given = set(map(_name, values))
+        is_mute = list(outputs) == [f"LABEL_{index}" for index in range(len(outputs))]
+        theirs = list(map(_name, sorted(values))) if is_mute else []
+    counted = [] if any(map(str.isdecimal, outputs)) else list(map(str, range(len(outputs))))
+    for names in (list(outputs), counted, theirs):
+        if len(names) == len(outputs) and given <= set(names):
+            return names
+    unknown = sorted(given - set(outputs))
+    raise ValueError(
+        f"{column} must name classes of the model ({_listed(outputs)}): got {_listed(unknown)}; "
+        "rename or drop such labels, or score another model."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > 8 else ""
+    return ", ".join(map(repr, names[:8])) + more
+
+
 def _name(label: object) -> str:
     is_whole = isinstance(label, float) and label.is_integer()
     return str(int(label) if is_whole else label)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from ..config import DataConfig
 from ..metrics import is_greater_better
 from .blocks import cut_blocks, pack, spread_indices, token_ids
 from .labelled import TEST_SHARE, hide_labels
-from .labels import class_names, to_targets
+from .labels import class_names, names_of_outputs, to_targets
 from .rows import Rows, read_rows
 from .tokens import encode_once, tokenizer_hash
 
@@ -29,6 +30,7 @@ class Prepared:
     name: str
     # Names of the classes; None for regression and language models.
     labels: list[str] | None
+    # Empty where a model is only scored.
     train: Dataset
     # Scored; the checkpoint that is best here, by the first metric, is the best.
     test: Dataset
@@ -50,16 +52,18 @@ class Prepared:
 
     def describe(self) -> str:
         """What it is, in one sentence."""
-        if "label" in self.train.column_names:
+        if "label" in self.test.column_names:
             kind = "texts with a number each"
             if self.labels is not None:
                 kind = f"texts of {len(self.labels)} classes"
         else:
-            kind = f"blocks of {len(self.train[0]['input_ids'])} tokens"
-        parts = [f"{len(self.train)} {kind} to train on"]
+            kind = f"blocks of {len(self.test[0]['input_ids'])} tokens"
+        if len(self.train) == 0:
+            parts = [f"{len(self.test)} {kind} to score"]
+        else:
+            parts = [f"{len(self.train)} {kind} to train on", f"{len(self.test)} held out"]
         if self.labelled is not None:
             parts[0] += f" ({len(self.labelled)} show their label)"
-        parts.append(f"{len(self.test)} held out")
         parts += [f"{len(rows)} of {name} besides" for name, rows in self.more_tests.items()]
         left_out = f"; {self.dropped} without text or label were left out" if self.dropped else ""
         return f"{self.name}: {', '.join(parts)}{left_out}."
@@ -80,14 +84,42 @@ def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -
         ModuleNotFoundError, OSError, ValueError: data that are not there, cannot be read, lack a
             column, are empty, or do not fit the task.
     """
+    _check_settings(config, task)
+    rows = read_rows(config, task)
     if task == "causal_lm":
-        for name in ("text_pair", "labels_per_class"):
-            if (value := getattr(config, name)) is not None:
-                raise ValueError(
-                    f"data.{name} must be absent for language models: got {value!r}; drop it."
-                )
-        return _prepare_blocks(read_rows(config, task), config, tokenizer)
-    return _prepare_labelled(read_rows(config, task), config, tokenizer)
+        return _prepare_blocks(rows, config, tokenizer)
+    classes = class_names(rows.splits["train"], config.label, rows.name)
+    if classes is None and config.labels_per_class is not None:
+        raise ValueError(
+            f"data.labels_per_class must be absent for regression: got {config.labels_per_class}; "
+            "drop it."
+        )
+    return _prepare_labelled(rows, config, tokenizer, classes)
+
+
+def prepare_test(
+    config: DataConfig,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    outputs: Sequence[str] | None,
+) -> Prepared:
+    """What a model is scored on that needs no training: held-out splits, or else all rows.
+
+    Args:
+        config: see `DataConfig`.
+        task: as for `prepare`.
+        tokenizer: of the model.
+        outputs: the model's names of its classes, in order; None without classes.
+
+    Raises:
+        As `prepare` does; or ValueError, see `names_of_outputs`.
+    """
+    _check_settings(config, task)
+    rows = read_rows(config, task, is_scored_only=True)
+    if task == "causal_lm":
+        return _prepare_blocks(rows, config, tokenizer)
+    classes = names_of_outputs(list(rows.splits.values()), config.label, outputs)
+    return _prepare_labelled(rows, config, tokenizer, classes)
 
 
 def lengths(rows: Dataset) -> np.ndarray:
@@ -96,16 +128,22 @@ def lengths(rows: Dataset) -> np.ndarray:
     return pc.list_value_length(table["input_ids"]).to_numpy()
 
 
-def _prepare_labelled(
-    rows: Rows, config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> Prepared:
-    classes = class_names(rows.splits["train"], config.label, rows.name)
-    if classes is None and config.labels_per_class is not None:
-        raise ValueError(
-            f"data.labels_per_class must be absent for regression: got {config.labels_per_class}; "
-            "drop it."
-        )
+def _check_settings(config: DataConfig, task: str) -> None:
+    if task != "causal_lm":
+        return
+    for name in ("text_pair", "labels_per_class"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"data.{name} must be absent for language models: got {value!r}; drop it."
+            )
 
+
+def _prepare_labelled(
+    rows: Rows,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str] | None,
+) -> Prepared:
     def encode(batch: dict) -> dict:
         # Of one segment all token types would be 0.
         types = None if len(rows.columns) > 1 else False
@@ -128,8 +166,8 @@ def _prepare_labelled(
             # Texts of like length side by side: little padding, and the scores are the same.
             splits[split] = splits[split].select(np.argsort(lengths(tokens), kind="stable"))
         keys += [key, targets]
-    train, labelled = splits.pop("train"), None
-    if config.labels_per_class is not None:
+    train, labelled = splits.pop("train", splits["test"].select([])), None
+    if config.labels_per_class is not None and len(train):
         train, labelled = hide_labels(train, config.labels_per_class, seed=0)
     usual = ("pearson", "spearmanr") if classes is None else ("accuracy", "macro_f1")
     return Prepared(
@@ -174,7 +212,7 @@ def _prepare_blocks(rows: Rows, config: DataConfig, tokenizer: PreTrainedTokeniz
     return Prepared(
         name=rows.name,
         labels=None,
-        train=blocks.pop("train"),
+        train=blocks.pop("train", blocks["test"].select([])),
         test=blocks.pop("test"),
         metrics=("perplexity",),
         fingerprint=_fingerprint(config.test_rows, *keys),

@@ -18,7 +18,8 @@ class Rows:
     """What there is to tokenise."""
 
     name: str
-    # "train"; "test", unless a language model has to hold out blocks; others that are scored.
+    # "train", unless a model is only scored; "test", unless a language model has to hold out
+    # blocks; others that are scored.
     splits: dict[str, Dataset]
     # Of the text and, for pairs, of the second text.
     columns: list[str]
@@ -28,10 +29,11 @@ class Rows:
     dropped: int
 
 
-def read_rows(config: DataConfig, task: str) -> Rows:
+def read_rows(config: DataConfig, task: str, *, is_scored_only: bool = False) -> Rows:
     """Read and check the rows of `config.source`.
 
-    Where there is no split to score, a fifth of labelled texts is held out, but no class whole.
+    Where there is no split to score, a fifth of labelled texts is held out, but no class whole; or,
+    where a model is only scored, all rows are scored.
 
     Raises:
         ModuleNotFoundError, OSError, ValueError: nothing there, nothing that can be read, no such
@@ -39,6 +41,8 @@ def read_rows(config: DataConfig, task: str) -> Rows:
     """
     source = read_source(config.source, config.name)
     splits = _choose_splits(source, config)
+    if is_scored_only:
+        splits.setdefault("test", splits.pop("train"))
     texts = _text_columns(source, config)
     for rows in splits.values():
         for setting, column in texts.items():

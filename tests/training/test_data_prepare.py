@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from fakd import data
+from fakd.config import DataConfig
 from fakd.data.labelled import is_held_out
 from tests.support.models import tiny_tokenizer
 from tests.support.sources import own_caches, prepare, some_rows, write
@@ -106,6 +107,56 @@ def test_no_class_is_held_out_whole(tmp_path):
     assert found.labels == ["a", "b", "rare"]
     assert Counter(found.train["label"])[2] == 2
     assert set(found.test["label"][:]) == {0, 1}
+
+
+def scored(path, outputs, task="classification") -> data.Prepared:
+    return data.prepare_test(DataConfig(str(path), max_tokens=8), task, tiny_tokenizer(), outputs)
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "places"),
+    [
+        (["a", "b"], ["b", "x", "a"], {2, 0}),
+        ([0, 2], ["b", "x", "a"], {0, 2}),
+        ([1, 2], ["1", "2"], {0, 1}),
+        (["no", "yes"], ["LABEL_0", "LABEL_1"], {0, 1}),
+        ([1.0, 2.0], None, {1.0, 2.0}),
+    ],
+)
+def test_a_file_is_scored_whole_by_the_outputs_of_a_model(tmp_path, labels, outputs, places):
+    rows = some_rows(label=[labels[i % 2] for i in range(60)])
+    found = scored(write(tmp_path / "mine.jsonl", rows), outputs)
+    assert (len(found.train), len(found.test)) == (0, 60)
+    assert set(found.test["label"][:]) == places
+    kind = "a number each" if outputs is None else f"{len(outputs)} classes"
+    assert found.describe().startswith("mine: 60 texts ")
+    assert found.describe().endswith(f"{kind} to score.")
+
+
+def test_what_is_scored_of_splits_and_of_running_text(tmp_path):
+    for split, count in (("train", 20), ("test", 6)):
+        write(tmp_path / "mine" / f"{split}.csv", some_rows(count, label=["a"] * count))
+    assert len(scored(tmp_path / "mine", ["a", "b"]).test) == 6
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 50}" for i in range(80)))
+    found = scored(tmp_path / "text.txt", None, "causal_lm")
+    assert found.describe() == "text: 10 blocks of 8 tokens to score."
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "match"),
+    [
+        (["a", "z"], ["a", "b"], r"classes of the model \('a', 'b'\): got 'z'; rename or drop"),
+        ([0, 2], ["a", "b"], "got '0', '2'"),
+        ([0, 0], ["1", "2"], "got '0'"),
+        (["x", "y"], ["a", "b"], "got 'x', 'y'"),
+        (["x", "y"], ["LABEL_0", "LABEL_1", "LABEL_2"], "got 'x', 'y'"),
+        (["x", "y"], None, "label must hold numbers, as the model has one output: got 'x'"),
+    ],
+)
+def test_labels_that_a_model_does_not_know(tmp_path, labels, outputs, match):
+    rows = some_rows(label=[labels[i % 2] for i in range(60)])
+    with pytest.raises(ValueError, match=match):
+        scored(write(tmp_path / "mine.csv", rows), outputs)
 
 
 def test_pairs_of_texts(tmp_path):

@@ -44,6 +44,13 @@ def test_teacher_that_classifies(folder):
     assert models.load_teacher(run_config(folder), ["x", "y", "z"]) is not None
 
 
+def test_output_names(folder, tmp_path):
+    assert models.output_names(run_config(folder)) == LABELS
+    assert models.output_names(run_config(folder, "causal_lm")) is None
+    path = save(tiny_model(labels=1), tmp_path / "regression")
+    assert models.output_names(run_config(path)) is None
+
+
 def test_teacher_of_a_regression(tmp_path):
     path = save(tiny_model(labels=1), tmp_path)
     assert models.load_teacher(run_config(path), None).config.num_labels == 1
@@ -62,6 +69,8 @@ def test_teachers_that_do_not_fit(folder, tmp_path):
         models.load_teacher(run_config(folder), LABELS[:2])
     with pytest.raises(ValueError, match=f"classes in the order of the data: .*{advice}"):
         models.load_teacher(run_config(folder), LABELS[::-1])
+    with pytest.raises(ValueError, match=r"^model must have a head of 2 outputs"):
+        models.load_teacher(run_config(folder), LABELS[:2], "model")
     # Its config counts two classes by default, and it has no head at all.
     headless = save(tiny_model(), tmp_path / "headless")
     with pytest.raises(

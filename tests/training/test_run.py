@@ -86,6 +86,31 @@ def test_eval_scores_any_model(assets):
     result = invoke("eval", assets / "encoder", *flags, "-s", "data.max_tokens=12")
     assert result.exit_code == 0, result.output
     assert "accuracy 0." in result.output
+    assert "120 texts of 2 classes to score" in result.output
+
+
+def test_eval_scores_a_file_whole_with_the_classes_of_the_model(assets, finished, tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("text,label\nw1 w2,b\n", encoding="utf-8")
+    size = ("-s", "data.max_tokens=12")
+    for model in (finished["classification"], assets / "encoder"):
+        task = ("--task", "classification") if model == assets / "encoder" else ()
+        result = invoke("eval", model, *task, "--data", path, *size)
+        assert result.exit_code == 0, result.output
+        assert "1 texts of 2 classes to score" in result.output
+    path.write_text("text,label\nw1 w2,b\nw3,z\n", encoding="utf-8")
+    result = invoke("eval", finished["classification"], "--data", path)
+    assert result.exit_code == 2
+    message = " ".join(result.output.split())
+    assert "label must name classes of the model ('a', 'b'): got 'z'; rename or drop" in message
+    assert "teacher" not in message
+
+
+def test_eval_holds_out_what_the_training_did_of_its_own_data(assets, finished):
+    own = invoke("eval", finished["classification"]).output
+    again = invoke("eval", finished["classification"], "--data", assets / "rows.jsonl").output
+    assert again == own
+    assert "held out" in own
 
 
 def test_the_same_command_again_changes_nothing(assets, finished, tmp_path):
