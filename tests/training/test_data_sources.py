@@ -111,6 +111,10 @@ def test_sources_that_are_not_there(tmp_path):
     write(tmp_path / "b.jsonl", some_rows())
     with pytest.raises(ValueError, match=r"files of one kind .*: got \.csv, \.jsonl in"):
         prepare(tmp_path)
+    write(tmp_path / "tables" / "a.csv", some_rows())
+    write(tmp_path / "tables" / "b.tsv", some_rows())
+    with pytest.raises(ValueError, match=r"files of one kind .*: got \.csv, \.tsv in"):
+        prepare(tmp_path / "tables")
 
 
 def test_broken_and_empty_files(tmp_path):
@@ -126,6 +130,22 @@ def test_broken_and_empty_files(tmp_path):
     (tmp_path / "d.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match=r"can be read: got .*d\.csv' \(.* no data"):
         prepare(tmp_path / "d.csv")
+
+
+def test_a_csv_may_have_semicolons(tmp_path):
+    lines = [f"w{i % 50} w{i // 50}, w3;{'ab'[i % 2]}" for i in range(60)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text;label", *lines]))
+    found = prepare(tmp_path / "mine.csv")
+    assert (found.labels, len(found.train) + len(found.test)) == (["a", "b"], 60)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.txt", "folder/a.csv"])
+def test_another_encoding_is_named(tmp_path, name):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes('text,label\n"caf\xe9",a\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"text in UTF-8: got .*mine/{name}, which .* iconv"):
+        prepare(tmp_path / "mine", "causal_lm")
 
 
 def test_unusable_labels(tmp_path):
