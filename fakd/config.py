@@ -153,7 +153,7 @@ class StudentConfig:
     path: str | None = None
     # Folder or file of a Hugging Face config to draw a student from at random.
     config: str | None = None
-    # Blocks taken from the teacher: how many, at even distances, or which, counted from 1.
+    # Blocks taken from the teacher: how many, at even distances up to the last, or which, from 1.
     layers: Blocks = None
     # Features of the hidden states, with `layers`; None keeps the teacher's. A multiple of its
     # width per head.

@@ -19,17 +19,19 @@ def kept_blocks(blocks: int, layers: int | Sequence[int]) -> list[int]:
 
     Args:
         blocks: of the teacher.
-        layers: how many, at even distances with the first and the last among them; or which,
-            ascending, counted from 1.
+        layers: how many, at even distances with the first and the last among them, of one the last;
+            or which, ascending, counted from 1.
 
     Raises:
         ValueError: blocks that the teacher does not have.
     """
     if isinstance(layers, int):
-        if not 2 <= layers <= blocks:
+        if not 1 <= layers <= blocks:
             raise ValueError(
-                f"layers must be from 2 to {blocks}, the teacher's: got {layers}; change it."
+                f"layers must be from 1 to {blocks}, the teacher's: got {layers}; change it."
             )
+        if layers == 1:
+            return [blocks - 1]
         return [round(index * (blocks - 1) / (layers - 1)) for index in range(layers)]
     listed = list(layers)
     if not listed or listed != sorted(set(listed)) or not 1 <= listed[0] <= listed[-1] <= blocks:

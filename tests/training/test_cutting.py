@@ -27,9 +27,10 @@ def test_kept_blocks():
     assert kept_blocks(30, 8) == [0, 4, 8, 12, 17, 21, 25, 29]
     assert kept_blocks(6, 2) == [0, 5]
     assert kept_blocks(6, 6) == list(range(6))
+    assert kept_blocks(6, 1) == [5]
     assert kept_blocks(6, [1, 3, 6]) == [0, 2, 5]
-    for count in (1, 7):
-        with pytest.raises(ValueError, match=f"layers must be from 2 to 6, .* got {count}"):
+    for count in (0, 7):
+        with pytest.raises(ValueError, match=f"layers must be from 1 to 6, .* got {count}"):
             kept_blocks(6, count)
     for listed in ([], [0, 1], [2, 1], [1, 1], [5, 7]):
         with pytest.raises(ValueError, match="layers must be ascending numbers from 1 to 6"):

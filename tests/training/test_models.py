@@ -146,7 +146,7 @@ def test_student_cut_from_the_teacher(folder):
     narrow = replace(config, student=StudentConfig(layers=2, width=8))
     assert models.make_student(narrow, teacher, LABELS).config.hidden_size == 8
     assert models.make_student(narrow, teacher, LABELS).config.id2label == dict(enumerate(LABELS))
-    with pytest.raises(ValueError, match="layers must be from 2 to 4"):
+    with pytest.raises(ValueError, match="layers must be from 1 to 4"):
         models.make_student(run_config(folder, layers=5), teacher, LABELS)
 
 
