@@ -42,7 +42,9 @@ class DistillerOutput(ModelOutput):
     """What one forward pass of a `Distiller` gives."""
 
     loss: Tensor | None = None  # [], the weighted sum of all terms
-    logits: Tensor | None = None  # the student's; detached under normalizers
+    # The student's; detached under normalizers. Hugging Face's Trainer hands on both this and the
+    # logs: preprocess_logits_for_metrics=lambda output, labels: output[0] leaves the logits.
+    logits: Tensor | None = None
     # [] each, detached: every term by its name, and times its weight as "weighted_<name>".
     logs: dict[str, Tensor] | None = None
 

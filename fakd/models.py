@@ -26,15 +26,19 @@ from .language_models import smollm2_folder
 from .mean_classifier import MeanClassifier, has_mean_head
 
 
-def output_names(config: RunConfig) -> list[str] | None:
+def output_names(config: RunConfig, setting: str) -> list[str] | None:
     """What the model that `config.teacher` names calls its classes, in order; None without.
+
+    Args:
+        config: its `teacher` as for `load_teacher`.
+        setting: the name of what holds the path, for messages.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: as `load_teacher` does.
     """
     if config.task == "causal_lm":
         return None
-    settings = _read_config("model", _resolve("model", config.teacher))
+    settings = _read_config(setting, _resolve(setting, config.teacher))
     names = [str(settings.id2label[index]) for index in range(settings.num_labels)]
     return names if len(names) > 1 else None
 

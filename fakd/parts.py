@@ -13,7 +13,14 @@ from .config import RunConfig
 from .data import Prepared, check_tokenizers, prepare, tokenizer_hash
 from .distiller import Distiller
 from .language_models import check_causal, check_packing
-from .models import check_length, check_vocabulary, load_teacher, load_tokenizer, make_student
+from .models import (
+    check_length,
+    check_vocabulary,
+    load_teacher,
+    load_tokenizer,
+    make_student,
+    output_names,
+)
 from .teacher_cache import Identity, TeacherCache, hash_weights
 from .terms import build_losses
 
@@ -51,7 +58,8 @@ def build(config: RunConfig) -> Parts:
         check_tokenizers(other, tokenizer)
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    prepared = prepare(config.data, config.task, tokenizer)
+    order = None if config.teacher is None else output_names(config, "teacher")
+    prepared = prepare(config.data, config.task, tokenizer, order)
     torch.manual_seed(config.train.seed)  # of what is drawn for the student
     teacher = None if config.teacher is None else load_teacher(config, prepared.labels)
     student = make_student(config, teacher, prepared.labels)

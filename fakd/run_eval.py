@@ -37,10 +37,8 @@ def score_folder(
     config, is_own_data = _settings(folder, task, data, settings)
     accelerator = join()
     tokenizer = load_tokenizer(config.teacher)
-    if is_own_data:
-        prepared = prepare(config.data, config.task, tokenizer)
-    else:
-        prepared = prepare_test(config.data, config.task, tokenizer, output_names(config))
+    prepare_data = prepare if is_own_data else prepare_test
+    prepared = prepare_data(config.data, config.task, tokenizer, output_names(config, "model"))
     model = load_teacher(config, prepared.labels, "model").to(accelerator.device)
     check_length(config.data, model)
     scores = evaluate(model, prepared, tokenizer, accelerator=accelerator).scores

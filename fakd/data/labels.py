@@ -36,10 +36,13 @@ def are_classes(rows: Dataset, column: str) -> bool:
     return not any(isinstance(v, float) and not v.is_integer() for v in rows[column][:])
 
 
-def class_names(rows: Dataset, column: str, name: str) -> list[str] | None:
+def class_names(
+    rows: Dataset, column: str, name: str, order: Sequence[str] | None = None
+) -> list[str] | None:
     """The classes, from the training rows; None for a regression, see `are_classes`.
 
-    A `ClassLabel` has names already; numbers and strings are sorted.
+    A `ClassLabel` has names already; others are sorted, numbers as such, written as texts or not.
+    Where the classes in `order`, those of a teacher, are the same, its order counts.
 
     Raises:
         ValueError: fewer than two classes.
@@ -50,7 +53,11 @@ def class_names(rows: Dataset, column: str, name: str) -> list[str] | None:
     elif not are_classes(rows, column):
         return None
     else:
-        names = [_name(value) for value in sorted(set(rows[column][:]))]
+        values = set(rows[column][:])
+        are_numerals = all(isinstance(value, str) and value.isdecimal() for value in values)
+        names = [_name(value) for value in sorted(values, key=int if are_numerals else None)]
+    if order is not None and sorted(order) == sorted(names):
+        names = list(order)
     if len(names) < 2:
         raise ValueError(
             f"{name} must have at least two classes: got {names}; pass more data, or another "

@@ -69,7 +69,12 @@ class Prepared:
         return f"{self.name}: {', '.join(parts)}{left_out}."
 
 
-def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def prepare(
+    config: DataConfig,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    order: Sequence[str] | None = None,
+) -> Prepared:
     """Read, check, split and tokenise; a second call reads the token ids from the cache.
 
     Where a source has nothing to score, a fifth is held out: of labelled texts by their hash, but
@@ -79,6 +84,7 @@ def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -
         config: see `DataConfig`.
         task: "classification" (also regression, where labels have fractions) or "causal_lm".
         tokenizer: of the models.
+        order: classes in the order of a model's outputs, which counts if these are the data's.
 
     Raises:
         ModuleNotFoundError, OSError, ValueError: data that are not there, cannot be read, lack a
@@ -88,7 +94,7 @@ def prepare(config: DataConfig, task: str, tokenizer: PreTrainedTokenizerBase) -
     rows = read_rows(config, task)
     if task == "causal_lm":
         return _prepare_blocks(rows, config, tokenizer)
-    classes = class_names(rows.splits["train"], config.label, rows.name)
+    classes = class_names(rows.splits["train"], config.label, rows.name, order)
     if classes is None and config.labels_per_class is not None:
         raise ValueError(
             f"data.labels_per_class must be absent for regression: got {config.labels_per_class}; "

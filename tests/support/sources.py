@@ -15,8 +15,11 @@ def own_caches(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 
-def prepare(source, task: str = "classification", tokenizer=None, **options) -> data.Prepared:
-    return data.prepare(DataConfig(str(source), **options), task, tokenizer or tiny_tokenizer())
+def prepare(
+    source, task: str = "classification", tokenizer=None, order=None, **options
+) -> data.Prepared:
+    config = DataConfig(str(source), **options)
+    return data.prepare(config, task, tokenizer or tiny_tokenizer(), order)
 
 
 def some_rows(count: int = 60, **columns) -> dict[str, list]:

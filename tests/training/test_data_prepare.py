@@ -100,6 +100,21 @@ def test_labels_of_any_kind(tmp_path, labels, names, suffix):
     assert set(found.train["label"][:]) == {0, 1}
 
 
+def test_numbers_written_as_texts_are_in_their_order(tmp_path):
+    path = write(tmp_path / "mine.jsonl", some_rows(label=[str(i % 12) for i in range(60)]))
+    assert prepare(path).labels == [str(i) for i in range(12)]
+
+
+def test_the_order_of_a_teacher_counts(tmp_path):
+    rows = some_rows(label=[("neg", "pos")[i % 2] for i in range(60)])
+    path = write(tmp_path / "mine.csv", rows)
+    plain, turned = prepare(path), prepare(path, order=["pos", "neg"])
+    assert (plain.labels, turned.labels) == (["neg", "pos"], ["pos", "neg"])
+    assert turned.train["label"][:] == [1 - label for label in plain.train["label"]]
+    assert turned.fingerprint != plain.fingerprint
+    assert prepare(path, order=["pos", "other"]).labels == plain.labels
+
+
 def test_a_blank_among_whole_numbers_leaves_classes(tmp_path):
     rows = some_rows(label=[None, *(i % 3 for i in range(1, 60))])
     found = prepare(write(tmp_path / "mine.csv", rows))

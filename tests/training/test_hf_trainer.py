@@ -115,3 +115,5 @@ def test_accumulation_and_predictions(tmp_path):
     logits, logs = run.predict(rows("bert")).predictions
     assert logits.shape == (8, 3)
     assert "weighted_cosine" in logs
+    run.preprocess_logits_for_metrics = lambda output, labels: output[0]
+    assert (run.predict(rows("bert")).predictions == logits).all()

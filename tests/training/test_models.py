@@ -45,10 +45,10 @@ def test_teacher_that_classifies(folder):
 
 
 def test_output_names(folder, tmp_path):
-    assert models.output_names(run_config(folder)) == LABELS
-    assert models.output_names(run_config(folder, "causal_lm")) is None
+    assert models.output_names(run_config(folder), "model") == LABELS
+    assert models.output_names(run_config(folder, "causal_lm"), "model") is None
     path = save(tiny_model(labels=1), tmp_path / "regression")
-    assert models.output_names(run_config(path)) is None
+    assert models.output_names(run_config(path), "model") is None
 
 
 def test_teacher_of_a_regression(tmp_path):
