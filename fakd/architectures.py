@@ -125,12 +125,14 @@ def _at(model: nn.Module, path: str) -> Blocks:
 
 
 def _search(model: nn.Module, count: int | None) -> Blocks:
-    """The one ModuleList of `count` entries."""
+    """The one ModuleList of `count` entries that is in no other such list."""
     matches = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == count
     ]
+    # The parts of a block may be as many as the blocks, as T5's are two.
+    matches = [m for m in matches if not any(m.startswith(f"{other}.") for other in matches)]
     if len(matches) != 1:
         expected = "config.num_hidden_layers" if count is None else f"{count} blocks"
         received = ", ".join(map(repr, matches)) or "none"

@@ -2,7 +2,7 @@
 
 import pytest
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5EncoderModel
 
 from fakd.architectures import find_blocks, hidden_width, layer_count
 from tests.support.models import FAMILIES, tiny_model
@@ -52,6 +52,13 @@ def test_albert_lists_a_block_as_often_as_it_runs():
 
 def test_search_finds_the_one_list_of_that_length():
     assert find_blocks(Custom((5, 3))).path == "list1"
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_lists_inside_of_blocks_are_no_rivals(blocks):
+    config = T5Config(num_layers=blocks, d_model=8, d_kv=4, d_ff=8, num_heads=2, vocab_size=9)
+    found = find_blocks(T5EncoderModel(config))
+    assert (found.path, len(found)) == ("encoder.block", blocks)
 
 
 def test_path_is_taken_as_given():
