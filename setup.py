@@ -77,7 +77,11 @@ class AbiWheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
-        return (python, abi, platform) if self.root_is_pure else ("cp310", "abi3", platform)
+        if self.root_is_pure:
+            return python, abi, platform
+        # A wheel whose libraries could not be built must not pass for one that has them.
+        has_library = any(Path(self.bdist_dir).glob(f"fakd_kernels/*{SUFFIX}"))
+        return ("cp310", "abi3", platform) if has_library else ("py3", "none", "any")
 
 
 def library(name: str, *folders: str, macros: tuple = (), **options) -> Extension:

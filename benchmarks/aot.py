@@ -4,6 +4,7 @@ python -m benchmarks.aot writes benchmarks/results/aot.json and benchmarks/GPU.m
 but a process without TRITON_INTERPRET: the interpreter compiles nothing.
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -120,6 +121,7 @@ def _cell(line: dict) -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__).parse_args()
     record = {"triton": triton.__version__, "kernels": facts()}
     FACTS.write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text(page(record))

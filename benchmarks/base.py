@@ -19,11 +19,16 @@ REST_SECONDS = 0.02
 
 
 def build(reference: str, folder: Path) -> Path:
-    """The packages of a commit with their extension, without its benchmarks and tests."""
+    """The packages of a commit with their extension, without its benchmarks and tests.
+
+    Raises:
+        SystemExit: no such commit.
+    """
     packed = folder / "tree.tar"
     names = ["fakd_kernels", "fakd", "csrc", "setup.py", "build_backend.py", "pyproject.toml"]
     command = ["git", "archive", "-o", packed, reference, *names, "README.md", "LICENSE"]
-    subprocess.run(command, check=True, cwd=ROOT)
+    if subprocess.run(command, cwd=ROOT).returncode != 0:
+        raise SystemExit(f"--base must be a commit of this repository: got {reference!r}.")
     tree = folder / "tree"
     with tarfile.open(packed) as archive:
         archive.extractall(tree, filter="data")

@@ -2,6 +2,7 @@
 python -m benchmarks.report.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -134,6 +135,7 @@ TELLERS = {README: headlines, PAGE: in_full}
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()
     for page, tell in TELLERS.items():
         page.write_text(render(page.read_text(), tell))
     for old in DRAWINGS.glob("*.svg"):

@@ -33,7 +33,11 @@ def _errors_in_one_line() -> Iterator[Console]:
     try:
         yield console
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        remedy = ""
+        if isinstance(error, ModuleNotFoundError) and error.name is not None:
+            remedy = '; pip install "fakd[train]" installs what the fakd command needs.'
+        message = escape(f"{error}{remedy}")
+        console.print(f"[bold red]error:[/] {message}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
     except Stopped as stopped:  # a training, which has said what it keeps
         raise typer.Exit(stopped.code) from None
@@ -192,8 +196,3 @@ def demo(
         flags = {"output": output, "seeds": seeds}
         run_all(load_demo(name, [*_given(flags), *settings], is_quick=quick), console)
         leave()
-
-
-def main() -> None:
-    """Run the command with the arguments of this process."""
-    app(prog_name="fakd")

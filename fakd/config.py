@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import SkipValidation
+from typing import TYPE_CHECKING, Any
 
 from .losses.attention import HEADS
 from .losses.features import EUCLIDEAN, INITS, PROJECTIONS
@@ -14,10 +12,14 @@ from .losses.shared import check_choice, check_temperature, check_weight
 from .mapping import check_mapping
 from .weighting import SCHEDULES, WEIGHTS
 
-# Alternatives, which the dataclasses check themselves: pydantic names its own types in messages.
-LayerMap = Annotated[str | Sequence[tuple[int, int]], SkipValidation]
-Heads = Annotated[str | Sequence[int], SkipValidation]
-Blocks = Annotated[int | Sequence[int] | None, SkipValidation]
+# Alternatives, which the dataclasses check themselves: pydantic, which reads settings from files,
+# names its own types in messages.
+if TYPE_CHECKING:
+    LayerMap = str | Sequence[tuple[int, int]]
+    Heads = str | Sequence[int]
+    Blocks = int | Sequence[int] | None
+else:
+    LayerMap = Heads = Blocks = Any
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ _PACKAGES = {
     "datasets": "no `fakd train`",
     "safetensors": "no checkpoints",
     "pydantic": "no settings from files",
+    "pyyaml": "no settings from files",
     "scikit-learn": "no scores",
+    "scipy": "no scores of regressions",
+    "matplotlib": "no `fakd report`, no `fakd compare`",
     "tensorboard": "no `train.trackers: [tensorboard]`; log.jsonl has the same lines",
     "gguf": "no `smollm2` from its package",
 }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 # What configs call the factor of the logits; "logits_scaling" (Granite) divides.
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
+_WIDENED_ROWS = 8192  # of a head in half precision, in float32 at a time
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,27 @@ class LMHead:
         return hidden if self.factor == 1 else hidden * self.factor
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The logits themselves: for checks, not for training."""
-        logits = nn.functional.linear(self.scaled(hidden), self.weight, self.bias)
+        """The logits as models compute them, in the dtype of the head."""
+        return self._capped(nn.functional.linear(self.scaled(hidden), self.weight, self.bias))
+
+    def exact_logits(self, hidden: Tensor) -> Tensor:
+        """[N, V] float32 of hidden [N, D] of any dtype, under autocast too.
+
+        Rounded to half precision, the likeliest entries of a row would tie.
+        """
+        with torch.autocast(hidden.device.type, enabled=False):
+            if hidden.is_cuda and hidden.dtype == self.weight.dtype != torch.float32:
+                logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
+            else:  # the head is widened part by part
+                wide = hidden.float()
+                parts = self.weight.split(_WIDENED_ROWS)
+                logits = torch.cat([wide @ part.float().T for part in parts], 1)
+            logits = logits * self.factor
+            if self.bias is not None:
+                logits = logits + self.bias.float()
+            return self._capped(logits)
+
+    def _capped(self, logits: Tensor) -> Tensor:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 

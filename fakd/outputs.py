@@ -138,8 +138,8 @@ def top_entries(
         )
     parts = []
     for part in hidden.flatten(0, -2).split(rows):
-        logits = head.logits(part)[:, :vocabulary]
-        parts.append(logits.float().log_softmax(-1).topk(count))
+        logits = head.exact_logits(part)[:, :vocabulary]
+        parts.append(logits.log_softmax(-1).topk(count))
     shape = (*hidden.shape[:-1], count)
     logprobs, indices = (torch.cat(each).view(shape) for each in zip(*parts, strict=True))
     return TopEntries(indices, logprobs)

@@ -15,11 +15,12 @@ from . import _engines, _pairs
 
 _FORWARD = (
     "fakd_kernels: forward-mode derivatives are not available, because the forward pass computes "
-    "gradients; use torch.autograd.grad, or the *_reference function."
+    "gradients; use torch.autograd.grad, or the plain formula of the docstring."
 )
 _SECOND = (
     "fakd_kernels: second derivatives are not available, because gradients are computed in the "
-    "forward pass; call backward without create_graph=True, or use the *_reference function."
+    "forward pass; call backward without create_graph=True, or use the plain formula of the "
+    "docstring."
 )
 
 

@@ -212,7 +212,7 @@ def explain(op: str, *tensors: object, **options: object) -> str:
         A few lines of plain words.
 
     Raises:
-        ValueError: op is unknown, or the call itself would be refused.
+        ValueError: op is unknown. Others as the call itself would raise them.
     """
     if op not in _EXPLAINERS:
         raise ValueError(

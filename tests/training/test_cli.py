@@ -1,5 +1,7 @@
 """The command line: help, and errors as one line with exit code 2."""
 
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -27,6 +29,37 @@ def test_errors_are_one_line_and_exit_code_2(arguments, message, tmp_path):
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+# Runs what follows in a process that has none of these packages.
+WITHOUT = "import sys; sys.modules |= dict.fromkeys({}); "
+EXTRA = ["pydantic", "yaml", "typer", "rich", "transformers", "accelerate", "datasets"]
+
+
+def run_without(packages: list[str], program: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", WITHOUT.format(packages) + program]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_losses_need_torch_alone():
+    program = (
+        "import fakd, torch; loss = fakd.FeatureAlignmentLoss(4, 6, 1); "
+        "states = torch.randn(1, 2, 4, requires_grad=True); "
+        "loss([states], [torch.randn(1, 2, 6)]).loss.backward(); fakd.DistillConfig(); "
+        "fakd.AttentionKLLoss(1); fakd.LinearKLLoss(); print(states.grad.shape)"
+    )
+    done = run_without(EXTRA, program)
+    assert done.stdout.strip() == "torch.Size([1, 2, 4])", done.stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "yaml"])
+def test_the_command_says_what_to_install(package):
+    program = "sys.argv = ['fakd', 'train', 'x.yaml']; from fakd.__main__ import main; main()"
+    done = run_without([package], program)
+    assert done.returncode != 0
+    shown = done.stdout + done.stderr
+    assert 'pip install "fakd[train]" installs what the fakd command needs' in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("path", ["w/exp #3", "2025", "{x}", "o/a: b", "null"])

@@ -47,6 +47,18 @@ def test_logits_are_the_models_own(family):
     check_lm_head(model)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere", "phi"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_logits_are_not_rounded(family, dtype):
+    model = causal_lm(family).to(dtype)
+    head, hidden = find_lm_head(model), torch.randn(7, 16, dtype=dtype)
+    truth = find_lm_head(model.double()).logits(hidden.double())
+    model.to(dtype)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = head.exact_logits(hidden)
+    torch.testing.assert_close(logits, truth.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_unknown_treatment_of_logits_is_refused():
     model = causal_lm("gemma2")
     model.config.final_logit_softcapping = 2.0

@@ -80,7 +80,8 @@ def attention_kl(
 
     Raises:
         ValueError: shapes, ranges, devices or list lengths. TypeError: dtypes or types.
-        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for, or one in
+            forward mode.
 
     Numerics:
         Scores, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of

@@ -68,7 +68,8 @@ def attention_map_kl(
 
     Raises:
         ValueError: shapes, ranges, devices or list lengths. TypeError: dtypes or types.
-        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for, or one in
+            forward mode.
 
     Numerics:
         Arithmetic in float32 (float64 for float64 inputs). Probabilities below 2^-126 count as

@@ -81,7 +81,8 @@ def feature_alignment(
             weights of the pair. Pass the global count for accumulation or data parallelism.
         eps: > 0. Norms are clamped at it, as in `F.cosine_similarity`.
         route: "auto" | "direct" | "gram", the order of the matrix products (see `count_flops`).
-        engine: None, or "reference" | "cpu" | "triton" to force one. `FAKD_ENGINE` likewise.
+        engine: None, or "reference" | "cpu" | "triton" | "cuda" to force one.
+            `FAKD_ENGINE` likewise.
 
     Returns:
         `FeatureAlignment`: loss [], cosine [L] and euclidean [L] (the last two detached), float32
@@ -90,7 +91,8 @@ def feature_alignment(
 
     Raises:
         ValueError: shapes, ranges, devices or list lengths. TypeError: dtypes or types.
-        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for, or one in
+            forward mode.
 
     Numerics:
         Products and sums accumulate in float32 (float64 for float64 inputs). Gradients have the

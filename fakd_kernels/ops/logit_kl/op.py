@@ -100,7 +100,8 @@ def logit_kl(
         ValueError: shapes, ranges, devices; on a CPU also labels outside the vocabulary and weights
             below 0. On a GPU that check would stall the stream: there the Triton engine makes the
             cross-entropy of such a label NaN. TypeError: dtypes or types.
-        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for, or one in
+            forward mode.
 
     Numerics:
         Softmax and sums in float32 (float64 for float64 inputs), the gradient in the logits' dtype;

@@ -114,7 +114,8 @@ def topk_kl(
             indices twice in a token, log-probabilities that sum above 1 and weights below 0. On a
             GPU that check would stall the stream: there the Triton engine makes NaN of a token
             whose label or index is outside. TypeError: dtypes or types.
-        RuntimeError: a forced engine cannot serve; a second derivative is asked for.
+        RuntimeError: a forced engine cannot serve; a second derivative is asked for, or one in
+            forward mode.
 
     Numerics:
         Logits, softmax and sums in float32 (float64 for float64 inputs), gradients in the dtype of
