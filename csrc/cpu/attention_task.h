@@ -151,7 +151,9 @@ class TaskRun {
       average(student, pair_.student, place, keys, slopes, map);
       if (!kernels_.log2_row(map, n) || !kernels_.log2_row(teacher_map, n)) return false;
       const double weight = attended_.weight(row);
-      sum += weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, Mixture{}, wants_grad());
+      const double value =
+          kernels_.log_map_row(map, teacher_map, n, problem_.distance, Mixture{}, wants_grad());
+      sum += weight * value;
       if (!wants_grad()) continue;
       if (problem_.distance == ScoreDistance::kl) kernels_.ratio_row(map, teacher_map, n);
       for (int64_t head = 0; head < student.heads(); ++head) {
@@ -194,8 +196,9 @@ class TaskRun {
       log_average(student, pair_.student, place, keys, slopes, map);
       log_average(teacher, pair_.teacher, place, keys, nullptr, teacher_map);
       const double weight = attended_.weight(row);
-      task_.sums[0] +=
-          weight * kernels_.log_map_row(map, teacher_map, n, problem_.distance, Mixture{}, wants_grad());
+      const double value =
+          kernels_.log_map_row(map, teacher_map, n, problem_.distance, Mixture{}, wants_grad());
+      task_.sums[0] += weight * value;
       if (!wants_grad()) continue;
       float* spare = teacher.score_row(0, place);  // already averaged
       for (int64_t head = 0; head < student.heads(); ++head) {

@@ -38,7 +38,7 @@ class HeadProducts {
     if (hidden.rows == 0) return;
     if (is_tiled_) {
       pairs_ = pack_pairs(round_rows(hidden, split_).transposed(), room_);
-    } else if (kernels_.panel > 0) {
+    } else if (kernels_.panel > 0 && hidden.columns > 0) {
       packed_ = room_.reserve(packed_size(kernels_, hidden.columns, hidden.rows));
       kernels_.pack_rows(hidden.data, hidden.row_stride, hidden.rows, hidden.columns, packed_);
     }
@@ -47,7 +47,6 @@ class HeadProducts {
   // out = hidden slice^T
   void multiply_logits(const Matrix& out, const HeadSlice& slice) const {
     if (hidden_.rows == 0) return;
-    if (hidden_.columns == 0) return clear(out);
     if (is_tiled_) return multiply_head_rows(out, slice.bits(), pairs_);
     const Matrix& head = slice.wide();
     if (packed_ == nullptr) return multiply(out, hidden_, head.transposed());
@@ -72,13 +71,6 @@ class HeadProducts {
   }
 
  private:
-  static void clear(const Matrix& out) {
-    for (int64_t row = 0; row < out.rows; ++row) {
-      float* first = const_cast<float*>(out.data) + row * out.row_stride;
-      std::fill(first, first + out.columns, 0.0f);
-    }
-  }
-
   // Pairs of so many rows of a head, 1024 wide, take a quarter of a private cache of 2 MiB.
   static constexpr int64_t PAIRED_ROWS = 256;
 

@@ -1,7 +1,7 @@
 """Labels of any kind as class indices, or as numbers for regression."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from datasets import ClassLabel, Dataset, Value
 
@@ -53,9 +53,7 @@ def class_names(
     elif not are_classes(rows, column):
         return None
     else:
-        values = set(rows[column][:])
-        are_numerals = all(isinstance(value, str) and value.isdecimal() for value in values)
-        names = [_name(value) for value in sorted(values, key=int if are_numerals else None)]
+        names = _sorted_names(set(rows[column][:]))
     if order is not None and sorted(order) == sorted(names):
         names = list(order)
     if len(names) < 2:
@@ -125,7 +123,7 @@ def names_of_outputs(
     else:
         given = set(map(_name, values))
         is_mute = list(outputs) == [f"LABEL_{index}" for index in range(len(outputs))]
-        theirs = list(map(_name, sorted(values))) if is_mute else []
+        theirs = _sorted_names(values) if is_mute else []
     counted = [] if any(map(str.isdecimal, outputs)) else list(map(str, range(len(outputs))))
     for names in (list(outputs), counted, theirs):
         if len(names) == len(outputs) and given <= set(names):
@@ -135,6 +133,12 @@ def names_of_outputs(
         f"{column} must name classes of the model ({_listed(outputs)}): got {_listed(unknown)}; "
         "rename or drop such labels, or score another model."
     )
+
+
+def _sorted_names(labels: Set[object]) -> list[str]:
+    """Numbers in their order, written as texts or not."""
+    are_numerals = all(isinstance(label, str) and label.isdecimal() for label in labels)
+    return [_name(label) for label in sorted(labels, key=int if are_numerals else None)]
 
 
 def _listed(names: Sequence[str]) -> str:

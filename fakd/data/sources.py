@@ -149,13 +149,16 @@ def _local(path: Path) -> Source:
     if not any(file.stat().st_size for listed in files.values() for file in listed):
         raise ValueError(f"data.source must hold rows: got empty files in {path}; add some.")
     loader, options = loaders[0]
-    if loader != "parquet":
-        for file in (file for listed in files.values() for file in listed):
-            _check_encoding(file)
     if kinds == [".csv"]:
         options = {**options, "sep": _delimiter(files["train"][0])}
     listed = {split: list(map(str, files[split])) for split in files}
-    splits = _load(str(path), loader, data_files=listed, **options)
+    try:
+        splits = _load(str(path), loader, data_files=listed, **options)
+    except ValueError:
+        if loader != "parquet":  # reading all of it anew only now
+            for file in (file for listed in files.values() for file in listed):
+                _check_encoding(file)
+        raise
     usual = [split for split in Source.test_splits if split in splits]
     others = [] if usual else [split for split in splits if split != "train"]
     return Source(
@@ -177,7 +180,7 @@ def _check_encoding(file: Path) -> None:
 
 def _delimiter(file: Path) -> str:
     """What a .csv is cut at: semicolons, where the line of column names has those and no comma."""
-    with file.open(encoding="utf-8") as text:
+    with file.open(encoding="utf-8", errors="replace") as text:
         names = text.readline()
     return ";" if ";" in names and "," not in names else ","
 
