@@ -16,12 +16,18 @@ namespace fakd {
 inline int64_t score_bytes() { return are_products_packed() ? 3 << 18 : 5 << 18; }
 constexpr int64_t LEAST_ROWS = 16, MOST_ROWS = 256;  // of a block; fewer make slow products
 
+// What the query rows of one split of a task give the keys that they meet.
+struct KeyPartial {
+  Scratch grad;  // [units, count of the range, K]
+  KeyRange keys = {0, 0};
+};
+
 struct HeadsTask {
   int64_t pair, batch;
   int64_t first_unit, units;  // student key heads
   int64_t split, splits;      // of the query rows
   double* sums;               // [H] of the pair
-  float* grad_k;              // [units, count, K], where query rows are split
+  KeyPartial* partial;        // where query rows are split, and keys have a gradient
 };
 
 // How a pair is cut into blocks; depends on its sizes alone.

@@ -38,16 +38,17 @@ class AttentionHeads {
  public:
   AttentionHeads(
       const RowKernels& kernels, const Heads& q, const Heads& k, int64_t batch,
-      const Attended& attended, std::vector<KeyUnit> key_units, int64_t block_rows, int64_t stride,
-      bool wants_query_grad, HeadsScratch& scratch)
-      : kernels_(kernels), q_(q), batch_(batch), attended_(attended), units_(std::move(key_units)),
+      const Attended& attended, KeyRange keys, std::vector<KeyUnit> key_units, int64_t block_rows,
+      int64_t stride, bool wants_query_grad, HeadsScratch& scratch)
+      : kernels_(kernels), q_(q), batch_(batch), attended_(attended), keys_(keys),
+        units_(std::move(key_units)),
         group_(int64_t(units_[0].query_heads.size())), padded_stride_(stride), scratch_(scratch) {
     for (const KeyUnit& unit : units_) {
       key_rows_.push_back(k.at(batch, unit.key_head));
       for (int64_t head : unit.query_heads) query_rows_.push_back(q.at(batch, head));
     }
     if (are_tiled(q.dtype, k.dtype)) {
-      tiles_.emplace(units(), attended.count(), width(), wants_query_grad, scratch.tiles);
+      tiles_.emplace(units(), keys.count(), width(), wants_query_grad, scratch.tiles);
       pack_key_tiles();
       // Tiles of the last rows are read whole.
       scratch.queries.reserve((heads() * block_rows + 2 * TILE) * bits_stride() / 2);
@@ -62,18 +63,18 @@ class AttentionHeads {
   int64_t heads() const { return units() * group_; }
   int64_t width() const { return q_.width; }
 
-  // Keys of a block begin at a multiple of it.
-  int64_t key_step() const {
-    return tiles_.has_value() ? TILE_DEPTH : std::max<int64_t>(1, kernels_.panel);
+  // Keys of a block, and of all that the query rows meet, begin at a multiple of it.
+  static int64_t key_step(const RowKernels& kernels, const Heads& q, const Heads& k) {
+    return are_tiled(q.dtype, k.dtype) ? TILE_DEPTH : std::max<int64_t>(1, kernels.panel);
   }
 
   // Raw scores of the query rows [begin, end) of all heads, by the keys [first, last).
   void compute_scores(int64_t begin, int64_t end, int64_t first, int64_t last) {
-    begin_ = begin, rows_ = end - begin, first_ = first, last_ = last;
+    begin_ = begin, rows_ = end - begin, first_ = first - keys_.first, last_ = last - keys_.first;
     // torch multiplies a stack in one call only if the result has no gaps. Without a stack gaps are
     // better: rows a power of two apart meet in few sets of the cache.
     stride_ = units() > 1 && !tiles_.has_value() ? last - first : padded_stride_;
-    if (tiles_.has_value()) return multiply_query_tiles(begin, end, first);
+    if (tiles_.has_value()) return multiply_query_tiles(begin, end);
     copy_rows(
         kernels_, attended_, query_rows_, begin, end, rows_, width(), scratch_.queries.get());
     if (kernels_.panel == 0) {
@@ -83,7 +84,7 @@ class AttentionHeads {
     const int64_t rows = group_ * rows_;
     for (int64_t unit = 0; unit < units(); ++unit) {
       kernels_.multiply_panels(
-          scratch_.panels.get() + unit * panel_floats() + first * width(), last - first, width(),
+          scratch_.panels.get() + unit * panel_floats() + first_ * width(), last - first, width(),
           scratch_.queries.get() + unit * rows * width(), width(), rows,
           scratch_.scores.get() + unit * rows * stride_, stride_);
     }
@@ -97,8 +98,8 @@ class AttentionHeads {
   int64_t score_stride() const { return stride_; }
   int64_t head_stride() const { return rows_ * stride_; }
 
-  // With gradients in place of the scores: the queries' gradients of this block; and the keys', [units,
-  // count, K], or what this block adds to them. Each may be absent.
+  // With gradients in place of the scores: the queries' gradients of this block; and those of the keys of
+  // the range, [units, count, K], or what this block adds to them. Each may be absent.
   void write_grads(const Heads& of_queries, float* of_keys, bool is_added) {
     float *product = nullptr, *place = nullptr;
     if (of_queries.data != nullptr) {
@@ -143,28 +144,27 @@ class AttentionHeads {
   }
 
   void pack_key_tiles() {
-    const int64_t count = attended_.count(), staged = std::min(count, KEYS_STAGED);
-    const int64_t stride = bits_stride();
+    const int64_t staged = std::min(keys_.count(), KEYS_STAGED), stride = bits_stride();
     auto* rows = reinterpret_cast<uint16_t*>(scratch_.keys.reserve(units() * staged * stride / 2));
-    for (int64_t begin = 0; begin < count; begin += staged) {
-      const int64_t end = std::min(begin + staged, count);
+    for (int64_t begin = keys_.first; begin < keys_.last; begin += staged) {
+      const int64_t end = std::min(begin + staged, keys_.last);
       copy_rows(kernels_, attended_, key_rows_, begin, end, staged, stride, rows);
       for (int64_t unit = 0; unit < units(); ++unit) {
         const uint16_t* first = rows + unit * staged * stride;
-        tiles_->pack(unit, begin, row_major(first, end - begin, width(), stride));
+        tiles_->pack(unit, begin - keys_.first, row_major(first, end - begin, width(), stride));
       }
     }
   }
 
-  void multiply_query_tiles(int64_t begin, int64_t end, int64_t first) {
+  void multiply_query_tiles(int64_t begin, int64_t end) {
     copy_rows(kernels_, attended_, query_rows_, begin, end, rows_, bits_stride(), query_bits());
     for (int64_t unit = 0; unit < units(); ++unit) {
-      tiles_->multiply_queries(scores_of(unit), unit, query_bits(unit), first);
+      tiles_->multiply_queries(scores_of(unit), unit, query_bits(unit), first_);
     }
   }
 
   void multiply_gradient_tiles(float* of_queries, float* of_keys, bool is_added) {
-    const int64_t rows = group_ * rows_, size = attended_.count() * width();
+    const int64_t rows = group_ * rows_, size = keys_.count() * width();
     for (int64_t unit = 0; unit < units(); ++unit) {
       Matrix queries = {}, keys = {};
       if (of_queries != nullptr) {
@@ -180,7 +180,7 @@ class AttentionHeads {
   }
 
   void add_key_grad(float* grad, bool is_added) {
-    const int64_t size = attended_.count() * width(), rows = group_ * rows_;
+    const int64_t size = keys_.count() * width(), rows = group_ * rows_;
     if (!are_products_packed()) {
       multiply(
           stack_of(grad + first_ * width(), last_ - first_, width(), size), scores().transposed(),
@@ -197,13 +197,13 @@ class AttentionHeads {
 
   // Of one unit's packed keys.
   int64_t panel_floats() const {
-    return (attended_.count() + kernels_.panel - 1) / kernels_.panel * kernels_.panel * width();
+    return round_up(keys_.count(), kernels_.panel) * width();
   }
   Stack stack_of(const float* data, int64_t rows, int64_t columns, int64_t stride) const {
     return {row_major(data, rows, columns), units(), stride};
   }
   Stack keys() const {
-    const int64_t size = attended_.count() * width();
+    const int64_t size = keys_.count() * width();
     return stack_of(scratch_.keys.get() + first_ * width(), last_ - first_, width(), size);
   }
   Stack queries() const {
@@ -238,36 +238,36 @@ class AttentionHeads {
   // Panels of the keys, once for all blocks, where a library would pack them again for each; and the
   // rows themselves, where products need them and cannot read them where they lie.
   void pack_keys(bool wants_rows) {
-    const int64_t count = attended_.count();
+    const int64_t count = keys_.count();
     is_copied_ = kernels_.panel == 0 || (wants_rows && !are_keys_readable());
     const int64_t staged = is_copied_ ? count : std::min(count, PANELS_STAGED * kernels_.panel);
     float* rows = scratch_.keys.reserve(units() * staged * width() + WIDEST_VECTOR);
     float* panels = scratch_.panels.reserve(kernels_.panel > 0 ? units() * panel_floats() : 0);
-    for (int64_t begin = 0; begin < count; begin += staged) {
-      const int64_t end = std::min(begin + staged, count);
+    for (int64_t begin = keys_.first; begin < keys_.last; begin += staged) {
+      const int64_t end = std::min(begin + staged, keys_.last);
       // Copied first, in order: cold rows are slow to turn.
       copy_rows(kernels_, attended_, key_rows_, begin, end, staged, width(), rows);
       if (kernels_.panel == 0) continue;
       for (int64_t unit = 0; unit < units(); ++unit) {
         kernels_.pack_rows(
             rows + unit * staged * width(), width(), end - begin, width(),
-            panels + unit * panel_floats() + begin * width());
+            panels + unit * panel_floats() + (begin - keys_.first) * width());
       }
     }
   }
   bool are_keys_readable() const {
-    return attended_.count() * width() >= LARGE_KEYS && are_products_packed() &&
+    return keys_.count() * width() >= LARGE_KEYS && are_products_packed() &&
            key_rows_[0].dtype == Dtype::float32 && width() % WIDEST_VECTOR == 0 &&
-           attended_.tokens().is_run(0, attended_.count());
+           attended_.tokens().is_run(keys_.first, keys_.last);
   }
   // Of one unit, [count, K].
   Matrix keys_of(int64_t unit) const {
-    const int64_t count = attended_.count();
+    const int64_t count = keys_.count();
     if (is_copied_) {
       return row_major<float>(scratch_.keys.get() + unit * count * width(), count, width());
     }
     const Rows& rows = key_rows_[unit];
-    const char* address = row_address(rows, attended_.token(0));
+    const char* address = row_address(rows, attended_.token(keys_.first));
     return row_major(reinterpret_cast<const float*>(address), count, width(), rows.stride);
   }
 
@@ -275,6 +275,7 @@ class AttentionHeads {
   const Heads& q_;
   const int64_t batch_;
   const Attended& attended_;
+  const KeyRange keys_;  // that some query row may attend to
   const std::vector<KeyUnit> units_;
   const int64_t group_, padded_stride_;
   HeadsScratch& scratch_;
@@ -282,7 +283,8 @@ class AttentionHeads {
   std::vector<Rows> key_rows_, query_rows_;  // of every unit, of every head
   bool is_copied_ = false;                   // the keys, as rows
   int64_t stride_ = 0;
-  int64_t begin_ = 0, rows_ = 0, first_ = 0, last_ = 0;
+  int64_t begin_ = 0, rows_ = 0;
+  int64_t first_ = 0, last_ = 0;  // keys of the block, counted from the first of the range
 };
 
 }  // namespace fakd

@@ -24,6 +24,22 @@
 namespace fakd {
 namespace {
 
+constexpr int64_t LEAST_SPLIT_ROWS = 64;      // of queries: each split packs the keys it meets anew
+constexpr int64_t PARTIAL_BYTES = 256 << 20;  // of the keys' gradients of all splits
+
+// Into how many ranges of query rows a task is split, where `wanted` more tasks each are needed to keep
+// all threads busy to the end, and `least` to have one for every thread.
+int64_t count_splits(const AttentionPair& pair, const HeadsTask& task, int64_t wanted, int64_t least) {
+  const int64_t tokens = pair.student_q.tokens;
+  const int64_t most = std::max<int64_t>(1, tokens / LEAST_SPLIT_ROWS);
+  const int64_t bytes = task.units * tokens * pair.student_q.width * int64_t(sizeof(float));
+  // Under a window splits meet few keys that others meet.
+  if (pair.window < 0 && bytes > 0) {
+    wanted = std::max(least, std::min(wanted, PARTIAL_BYTES / bytes));
+  }
+  return std::min(wanted, most);
+}
+
 // Tasks of all pairs, those of one pair and batch entry in the order of their heads, splits last.
 std::vector<HeadsTask> divide(const AttentionProblem& problem, int64_t threads) {
   std::vector<HeadsTask> tasks;
@@ -41,9 +57,10 @@ std::vector<HeadsTask> divide(const AttentionProblem& problem, int64_t threads) 
   // Too few to keep all threads busy to the end: query rows are split too.
   const int64_t count = int64_t(tasks.size()), wanted = 4 * threads;
   if (threads == 1 || count == 0 || count >= wanted) return tasks;
-  const int64_t splits = (wanted + count - 1) / count;
   std::vector<HeadsTask> split_tasks;
   for (const HeadsTask& task : tasks) {
+    const int64_t splits = count_splits(
+        problem.pairs[task.pair], task, (wanted + count - 1) / count, (threads + count - 1) / count);
     for (int64_t split = 0; split < splits; ++split) {
       split_tasks.push_back(task);
       split_tasks.back().split = split;
@@ -61,7 +78,7 @@ void attention_kl(const AttentionProblem& problem) {
   std::vector<HeadsTask> tasks = divide(problem, threads);
   const int64_t count = int64_t(tasks.size());
   std::vector<std::vector<double>> sums(count);
-  std::vector<Scratch> partial(count);
+  std::vector<KeyPartial> partial(count);
   std::vector<double> cost(count);
   std::vector<int64_t> order(count);
   for (int64_t index = 0; index < count; ++index) {
@@ -71,7 +88,7 @@ void attention_kl(const AttentionProblem& problem) {
     sums[index].resize(pair.teacher_heads == nullptr ? 1 : pair.student_q.heads);
     task.sums = sums[index].data();
     if (task.splits > 1 && pair.grad_k.data != nullptr) {
-      task.grad_k = partial[index].reserve(task.units * tokens * width);
+      task.partial = &partial[index];
     }
     cost[index] = double(tokens) * tokens * (3 * width + pair.teacher_q.width) * task.units *
                   pair.group() / task.splits;
@@ -91,10 +108,11 @@ void attention_kl(const AttentionProblem& problem) {
   run_tasks(count, workers, [&](int64_t place, int64_t worker) {
     TaskRun(problem, tasks[order[place]], scratch[worker]).run();
   });
-  run_tasks(count, workers, [&](int64_t index, int64_t worker) {
-    const HeadsTask& task = tasks[index];
-    if (task.split > 0 || task.grad_k == nullptr) return;
-    TaskRun(problem, task, scratch[worker]).add_splits(&task);
+  // In as many parts as there are threads, of keys: of few heads too.
+  run_tasks(count * workers, workers, [&](int64_t place, int64_t worker) {
+    const HeadsTask& task = tasks[place / workers];
+    if (task.split > 0 || task.partial == nullptr) return;
+    TaskRun(problem, task, scratch[worker]).add_splits(&task, place % workers, workers);
   });
   for (size_t index = 0; index < problem.pairs.size(); ++index) {
     const AttentionPair& pair = problem.pairs[index];

@@ -51,6 +51,12 @@ class Attended {
   const int64_t window_;
 };
 
+// Counted keys [first, last).
+struct KeyRange {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
 constexpr int64_t ROWS_AHEAD = 12;
 
 inline void copy_row(const RowKernels&, const Rows&, const char* from, int64_t n, uint16_t* to) {

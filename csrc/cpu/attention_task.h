@@ -29,29 +29,38 @@ class TaskRun {
   void run() {
     const std::vector<KeyUnit> units = student_units(pair_, task_);
     if (task_.split == 0) clear_uncounted(units);
-    if (attended_.count() == 0) return;
+    const int64_t block_count = (attended_.count() + blocks_.rows - 1) / blocks_.rows;
+    const int64_t first_block = block_count * task_.split / task_.splits;
+    const int64_t last_block = block_count * (task_.split + 1) / task_.splits;
+    if (first_block == last_block) return;
     const bool wants_key = pair_.grad_k.data != nullptr, wants_query = pair_.grad_q.data != nullptr;
+    const int64_t key_step = std::lcm(
+        AttentionHeads::key_step(kernels_, pair_.student_q, pair_.student_k),
+        AttentionHeads::key_step(kernels_, pair_.teacher_q, pair_.teacher_k));
+    const int64_t last_row = std::min(attended_.count(), last_block * blocks_.rows) - 1;
+    const KeyRange keys = {
+        attended_.first_key(first_block * blocks_.rows) / key_step * key_step,
+        attended_.last_key(last_row)};
     AttentionHeads student(
-        kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, units,
+        kernels_, pair_.student_q, pair_.student_k, task_.batch, attended_, keys, units,
         blocks_.rows, blocks_.stride, wants_query, scratch_.student);
     AttentionHeads teacher(
-        kernels_, pair_.teacher_q, pair_.teacher_k, task_.batch, attended_,
+        kernels_, pair_.teacher_q, pair_.teacher_k, task_.batch, attended_, keys,
         teacher_units(pair_, units), blocks_.rows, blocks_.stride, false, scratch_.teacher);
-    const int64_t size = attended_.count() * student.width();
-    float* grad_k = task_.grad_k;
+    const int64_t size = keys.count() * student.width();
+    float* grad_k = nullptr;
     bool is_in_place = false;  // the gradient of the keys is added up where it belongs
-    if (wants_key && grad_k == nullptr) {
+    if (task_.partial != nullptr) {
+      task_.partial->keys = keys;
+      grad_k = task_.partial->grad.reserve(student.units() * size);
+    } else if (wants_key) {
       grad_k = student.dense_rows(
           pair_.grad_k, task_.first_unit, student.units(), 0, attended_.count());
       is_in_place = grad_k != nullptr;
       if (!is_in_place) grad_k = scratch_.grad_k.reserve(student.units() * size);
     }
-    const int64_t block_count = (attended_.count() + blocks_.rows - 1) / blocks_.rows;
-    const int64_t first_block = block_count * task_.split / task_.splits;
-    const int64_t last_block = block_count * (task_.split + 1) / task_.splits;
-    const int64_t key_step = std::lcm(student.key_step(), teacher.key_step());
     // The first block writes all of the keys' gradient if it meets all keys; else it adds to zeros.
-    bool is_begun = first_block == last_block || pair_.is_causal || pair_.window >= 0;
+    bool is_begun = pair_.is_causal || pair_.window >= 0;
     if (wants_key && is_begun) std::memset(grad_k, 0, student.units() * size * sizeof(float));
     for (int64_t block = first_block; block < last_block; ++block) {
       const int64_t begin = block * blocks_.rows;
@@ -75,19 +84,32 @@ class TaskRun {
       }
       is_begun = true;
     }
-    if (wants_key && task_.grad_k == nullptr && !is_in_place) {
-      write_key_grad(units, grad_k);
+    if (wants_key && task_.partial == nullptr && !is_in_place) {
+      for (const KeyUnit& unit : units) write_key_grad(unit, keys, grad_k), grad_k += size;
     }
   }
 
-  // Where query rows are split: what all tasks of the same heads found, in the order of their rows.
-  void add_splits(const HeadsTask* others) {
-    if (attended_.count() == 0) return;
-    const int64_t size = task_.units * attended_.count() * pair_.student_k.width;
-    for (int64_t split = 1; split < task_.splits; ++split) {
-      kernels_.add_scaled(others[split].grad_k, 1.0f, size, task_.grad_k);
+  // Where query rows are split: what all tasks of the same heads found, in the order of their rows, of
+  // one of so many parts of the keys.
+  void add_splits(const HeadsTask* splits, int64_t part, int64_t parts) {
+    const int64_t count = attended_.count(), width = pair_.student_k.width;
+    const KeyRange keys = {count * part / parts, count * (part + 1) / parts};
+    float* total = scratch_.grad_k.reserve(keys.count() * width);
+    const std::vector<KeyUnit> units = student_units(pair_, task_);
+    for (int64_t unit = 0; unit < task_.units; ++unit) {
+      std::fill(total, total + keys.count() * width, 0.0f);
+      for (int64_t split = 0; split < task_.splits; ++split) {
+        const KeyPartial& partial = *splits[split].partial;
+        const KeyRange met = {
+            std::max(keys.first, partial.keys.first), std::min(keys.last, partial.keys.last)};
+        if (met.count() <= 0) continue;
+        const int64_t row = unit * partial.keys.count() + met.first - partial.keys.first;
+        kernels_.add_scaled(
+            partial.grad.get() + row * width, 1.0f, met.count() * width,
+            total + (met.first - keys.first) * width);
+      }
+      write_key_grad(units[unit], keys, total);
     }
-    write_key_grad(student_units(pair_, task_), task_.grad_k);
   }
 
  private:
@@ -258,12 +280,10 @@ class TaskRun {
     }
   }
 
-  void write_key_grad(const std::vector<KeyUnit>& units, const float* from) const {
-    for (const KeyUnit& unit : units) {
-      const Rows to = pair_.grad_k.at(task_.batch, unit.key_head);
-      for (int64_t row = 0; row < attended_.count(); ++row, from += to.columns) {
-        write_row(kernels_, from, to, attended_.token(row));
-      }
+  void write_key_grad(const KeyUnit& unit, KeyRange keys, const float* from) const {
+    const Rows to = pair_.grad_k.at(task_.batch, unit.key_head);
+    for (int64_t key = keys.first; key < keys.last; ++key, from += to.columns) {
+      write_row(kernels_, from, to, attended_.token(key));
     }
   }
 

@@ -1,5 +1,8 @@
 """attention_kl on the reference and C++ engines, against the float64 formula."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,6 +116,61 @@ def test_results_do_not_depend_on_threads(threads):
         torch.set_num_threads(before)
     for name, value in got.items():
         torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.fixture
+def many_threads():
+    before = torch.get_num_threads()
+    yield lambda: torch.set_num_threads(24)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 90])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_query_rows_that_threads_share(dtype, causal, window, is_masked, many_threads):
+    """Of few heads: each range of rows packs, and gives gradients to, the keys that it meets."""
+    torch.manual_seed(0)
+    student = [torch.randn(1, heads, 700, 48).to(dtype).requires_grad_() for heads in (2, 1)]
+    teacher = [torch.randn(1, 2, 700, 16).to(dtype) for _ in range(2)]
+    mask = torch.rand(1, 700) > 0.3 if is_masked else None
+    found = []
+    for _ in range(2):
+        loss = attention_kl(
+            *student, *teacher, causal=causal, window=window, mask=mask, engine="cpu"
+        ).loss
+        found.append([loss.detach(), *torch.autograd.grad(loss, student)])
+        many_threads()
+    for alone, shared in zip(*found, strict=True):
+        apart = (alone - shared).float().norm() / alone.float().norm()
+        assert apart < (1e-6 if dtype == F32 else 3e-3)
+
+
+WINDOWED = r"""
+import re
+import torch
+from fakd_kernels import attention_kl
+
+def megabytes(name):
+    return int(re.search(name + r":\s*(\d+)", open("/proc/self/status").read())[1]) / 1e3
+
+torch.set_num_threads(64)
+student = [torch.randn(1, 1, 16384, 64, requires_grad=True) for _ in range(2)]
+teacher = [torch.randn(1, 1, 16384, 64) for _ in range(2)]
+before = megabytes("VmRSS")
+loss = attention_kl(*student, *teacher, causal=True, window=256, engine="cpu").loss
+torch.autograd.grad(loss, student)
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_under_a_window_hardly_grows_with_threads():
+    """It was 1.6 GB where every thread packed all keys; the inputs are 17 MB."""
+    run = subprocess.run([sys.executable, "-c", WINDOWED], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) < 300
 
 
 def _q(*shape, **options):
