@@ -114,8 +114,12 @@ def shard(accelerator: Accelerator, distiller: nn.Module) -> None:
     kept = None if last is None else blocks[last - 1]
     for block in dict.fromkeys(blocks):
         fully_shard(block, reshard_after_forward=reshard and block is not kept, **options)
-    # Embeddings, heads, norms and projections.
-    fully_shard(distiller, **options)
+    # A group has one dtype, and projections may have another than the student. Their weights are
+    # also read after forward, for the log.
+    for part in distiller.children():
+        if part is not distiller.student and any(True for _ in part.parameters()):
+            fully_shard(part, reshard_after_forward=False, **options)
+    fully_shard(distiller, **options)  # embeddings, heads and norms
     teacher = distiller.teacher
     if teacher is not None and not isinstance(teacher, FSDPModule):  # it may be shared
         for block in dict.fromkeys(find_blocks(teacher, teacher_path).modules):

@@ -58,6 +58,7 @@ CASES = {
     "features alone": lambda: classifiers(beta=1.0, delta=1.0, mapping=[(1, 2)]),
     "attention alone": lambda: classifiers(beta=0.0, delta=0.0, gamma=1.0, mapping="last"),
     "learned weights": learned_weights,
+    "projections of another dtype": learned_weights,
 }
 
 
@@ -65,6 +66,8 @@ def make(name: str) -> Distiller:
     """The same one in every process, in float64, without dropout."""
     torch.manual_seed(0)
     distiller = CASES[name]().double()
+    if "another dtype" in name:
+        distiller.feature.float()
     for module in distiller.student.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
