@@ -59,7 +59,7 @@ class Distiller(nn.Module):
     if it is not asked for. The teacher is in eval mode and without gradients, always. It is no
     submodule: it follows `.to()`, but `parameters()`, `state_dict()` and therefore optimizers and
     checkpoints hold the student and the projections alone (tied weights once). It may be shared
-    between distillers.
+    between distillers. The models, or all of it, may be compiled where no attention is aligned.
 
     Args:
         teacher: a Hugging Face model, with or without a head; None trains on labels alone, which

@@ -105,7 +105,7 @@ class _Attention(Recorder):
 
     def __enter__(self) -> dict[int, AttentionInputs]:
         for block in dict.fromkeys(self._block_of.values()):
-            self._handles.append(block.register_forward_pre_hook(self._enter))
+            self._register(block.register_forward_pre_hook, self._enter)
         return super().__enter__()
 
     def _begin(self, owner, args) -> None:
@@ -261,5 +261,6 @@ def _record_and_call(name: str | None, function: Callable, module: nn.Module, *a
 def _refuse_compilation() -> None:
     raise RuntimeError(
         "capture_attention must see the model run uncompiled: got a call inside torch.compile; "
-        "call the module that was compiled (its _orig_mod) inside the context."
+        "call the module that was compiled (its _orig_mod) inside the context; give a Distiller of "
+        "attention uncompiled models, and leave it uncompiled too."
     )

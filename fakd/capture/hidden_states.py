@@ -40,8 +40,9 @@ def capture_hidden_states(
             gradient checkpointing has cut it off from its gradients.
 
     Works under gradient checkpointing (what backward recomputes is not captured), with contexts
-    nested, and on several models at once. Hooks that are added after `torch.compile` has compiled
-    a model are not seen by it: compile inside the context.
+    nested, and on several models at once. Compiled models compile in the first of equal contexts
+    only. Hooks are not seen by what `torch.compile` has compiled outside of a context, in the same
+    grad mode: run the model inside alone, or outside under `torch.no_grad()`.
     """
     blocks = find_blocks(model, path)
     with _HiddenStates(blocks, check_layers(model, layers, 0, len(blocks))) as states:
@@ -55,11 +56,10 @@ class _HiddenStates(Recorder):
         modules = self._blocks.modules
         # A block that runs several times gets one hook, which counts its calls.
         entered = dict.fromkeys(modules[layer] for layer in self._layers if layer < len(modules))
-        self._handles += [
-            module.register_forward_pre_hook(self._enter, with_kwargs=True) for module in entered
-        ]
+        for module in entered:
+            self._register(module.register_forward_pre_hook, self._enter, with_kwargs=True)
         if len(modules) in self._layers:
-            self._handles.append(modules[-1].register_forward_hook(self._leave))
+            self._register(modules[-1].register_forward_hook, self._leave)
         return super().__enter__()
 
     def _enter(self, block, args, kwargs) -> None:

@@ -1,7 +1,8 @@
 """What the captures share: they record during the model's forward pass, and check at its end."""
 
+import heapq
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Blocks
+
+# Of hooks that are gone: a heap, so that equal contexts take equal ids.
+_free_ids: list[int] = []
 
 
 class Captured(dict):
@@ -37,15 +41,28 @@ class Recorder:
 
     def __enter__(self) -> dict[int, Any]:
         owner = self._blocks.owner
-        self._handles += [
-            owner.register_forward_pre_hook(self._begin),
-            owner.register_forward_hook(self._end, always_call=True),
-        ]
+        self._register(owner.register_forward_pre_hook, self._begin)
+        self._register(owner.register_forward_hook, self._end, always_call=True)
         return self.captured
 
+    @torch.compiler.disable(reason="hooks come and go outside of graphs")
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
+            heapq.heappush(_free_ids, handle.id)
+
+    @torch.compiler.disable(reason="hooks come and go outside of graphs")
+    def _register(self, register: Callable, hook: Callable, **options) -> None:
+        """Add a hook under the id of one that is gone.
+
+        Compiled models guard on the ids of their hooks: PyTorch's own, ever new, would have them
+        compiled again for every context, that is in every step.
+        """
+        following = RemovableHandle.next_id
+        if _free_ids:
+            RemovableHandle.next_id = heapq.heappop(_free_ids)
+        self._handles.append(register(hook, **options))
+        RemovableHandle.next_id = max(following, RemovableHandle.next_id)
 
     def _begin(self, _owner, _args) -> None:
         self.captured.clear()
