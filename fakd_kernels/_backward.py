@@ -116,7 +116,9 @@ def scale_gradients(grads: list[Tensor], factor: Tensor, dtypes: list[torch.dtyp
         ]
     is_plain = all(type(tensor) is Tensor for tensor in (factor, *grads))
     # Several losses at once, of is_grads_batched=True and the like, have a vector of factors.
-    is_plain = is_plain and not torch._C._functorch.is_legacy_batchedtensor(factor)
+    functorch = torch._C._functorch
+    is_batched = functorch.is_legacy_batchedtensor(factor) or functorch.is_batchedtensor(factor)
+    is_plain = is_plain and not is_batched
     if not is_plain or torch._C._autograd._get_current_graph_task_keep_graph():
         return [_scaled(grad, factor, dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
     if factor.device.type == "cpu":

@@ -29,7 +29,7 @@ class MapRows {
   MapRows(const AttentionMapProblem& problem, const AttentionMapPair& pair, int64_t batch)
       : kernels_(row_kernels()), problem_(problem), pair_(pair), batch_(batch),
         attended_(pair.student.tokens, pair.row_weights, pair.is_causal, pair.window, batch),
-        side_{1.0f, 0.0f, problem.inverse_temperature} {}
+        run_ends_(attended_.tokens().run_ends()), side_{1.0f, 0.0f, problem.inverse_temperature} {}
 
   int64_t count() const { return attended_.count(); }
 
@@ -163,12 +163,11 @@ class MapRows {
     const Rows rows = maps.at(batch_, head);
     const char* line = row_address(rows, attended_.token(row));
     const int64_t bytes = int64_t(element_bytes(rows.dtype));
-    if (is_run(first, last)) {
-      kernels_.widen(line + attended_.token(first) * bytes, rows.dtype, n, out);
-    } else {
-      for (int64_t j = 0; j < n; ++j) {
-        kernels_.widen(line + attended_.token(first + j) * bytes, rows.dtype, 1, out + j);
-      }
+    for (int64_t key = first; key < last;) {
+      const int64_t end = std::min(run_ends_[key], last);
+      const char* from = line + attended_.token(key) * bytes;
+      kernels_.widen(from, rows.dtype, end - key, out + key - first);
+      key = end;
     }
     if (problem_.are_scores) {
       int32_t is_any = n == 0;  // whether a score is no -inf: without one there are no probabilities
@@ -187,7 +186,11 @@ class MapRows {
     const int64_t first = attended_.first_key(row), last = attended_.last_key(row);
     float* out = line.reserve(grad.columns);
     std::memset(out, 0, grad.columns * sizeof(float));
-    for (int64_t key = first; key < last; ++key) out[attended_.token(key)] = values[key - first];
+    for (int64_t key = first; key < last;) {
+      const int64_t end = std::min(run_ends_[key], last);
+      std::copy(values + key - first, values + end - first, out + attended_.token(key));
+      key = end;
+    }
     write_row(kernels_, out, grad, attended_.token(row));
   }
 
@@ -196,6 +199,7 @@ class MapRows {
   const AttentionMapPair& pair_;
   const int64_t batch_;
   const Attended attended_;
+  const std::vector<int64_t> run_ends_;
   const ScoreSide side_;
 };
 

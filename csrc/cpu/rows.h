@@ -51,6 +51,15 @@ class CountedRows {
   bool is_run(int64_t begin, int64_t end) const {
     return !is_listed_ || rows_[end - 1] - rows_[begin] == end - 1 - begin;
   }
+  // Of every counted row: behind the last one that follows it without a gap.
+  std::vector<int64_t> run_ends() const {
+    std::vector<int64_t> ends(count_);
+    for (int64_t row = count_ - 1; row >= 0; --row) {
+      const bool is_last = row + 1 == count_ || (*this)[row + 1] != (*this)[row] + 1;
+      ends[row] = is_last ? row + 1 : ends[row + 1];
+    }
+    return ends;
+  }
 
  private:
   std::vector<int64_t> rows_;

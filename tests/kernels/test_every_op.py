@@ -68,6 +68,9 @@ def test_several_losses_at_once(op):
     (once,) = torch.autograd.grad(loss, student, retain_graph=True)
     (batch,) = torch.autograd.grad(loss, student, factors, is_grads_batched=True)
     torch.testing.assert_close(batch, factors[:, None, None] * once)
+    loss = CALLS[op](student, 1.0, None).loss
+    batch = torch.vmap(lambda factor: torch.autograd.grad(loss, student, factor)[0])(factors)
+    torch.testing.assert_close(batch, factors[:, None, None] * once)
 
 
 @every_op
