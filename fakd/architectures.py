@@ -61,6 +61,19 @@ class Blocks:
         return len(self.modules)
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside of data parallelism, compilation and adapters (peft)."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
     """Find the blocks of a Hugging Face encoder or decoder, with or without a head.
 

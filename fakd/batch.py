@@ -6,15 +6,24 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .architectures import find_blocks, inner_model
+
 # What means are taken over.
-COUNTS = ("rows", "tokens", "next_tokens", "labels")
+COUNTS = ("rows", "tokens", "decoder_tokens", "next_tokens", "labels")
 # What transformers' own losses leave out.
 _HIDDEN_LABEL = -100
 
 
 def argument_names(model: nn.Module) -> set[str]:
-    """What the model's forward takes."""
-    return set(inspect.signature(model.forward).parameters)
+    """What the model's forward takes, or hands on to what it wraps (adapters) or builds upon."""
+    names: set[str] = set()
+    inner = inner_model(model)
+    for module in dict.fromkeys((model, inner, getattr(inner, "base_model", inner))):
+        parameters = inspect.signature(module.forward).parameters
+        names |= set(parameters)
+        if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+            break
+    return names
 
 
 def accepted_entries(model: nn.Module, batch: Mapping, others: Sequence[nn.Module | None]) -> dict:
@@ -34,14 +43,94 @@ def accepted_entries(model: nn.Module, batch: Mapping, others: Sequence[nn.Modul
     return {k: v for k, v in batch.items() if "input_ids" not in names or k in names}
 
 
-def token_mask(attention_mask: Tensor | None) -> Tensor | None:
+def run_model(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    labels: Tensor | None,
+    others: Sequence[nn.Module | None],
+) -> object:
+    """What a model makes of the entries of a batch that it takes; see `accepted_entries`."""
+    entries = accepted_entries(model, batch, others)
+    if "use_cache" in argument_names(model):
+        entries.setdefault("use_cache", False)  # keys and values that nobody would read
+    if labels is not None:
+        entries["labels"] = labels
+    output = model(**entries)
+    if isinstance(output, tuple):
+        raise ValueError(
+            f"config.return_dict of {type(model).__name__} must be True: got a tuple; set it."
+        )
+    return output
+
+
+def token_mask(attention_mask: Tensor | None, name: str = "attention_mask") -> Tensor | None:
     """[B, T] bool: the tokens to compare hidden states on."""
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(
-            f"attention_mask must be [B, T]: got {list(attention_mask.shape)}; pass the "
+            f"{name} must be [B, T]: got {list(attention_mask.shape)}; pass the "
             "tokenizer's own, which also says which tokens count in the loss."
         )
     return None if attention_mask is None else attention_mask.bool()
+
+
+def is_encoder_decoder(model: nn.Module | None) -> bool:
+    return getattr(getattr(inner_model(model), "config", None), "is_encoder_decoder", False)
+
+
+def readable(
+    student: nn.Module, batch: Mapping[str, Tensor], labels: Tensor | None
+) -> Mapping[str, Tensor]:
+    """The batch, with what decoders read: models make it of labels, which the teacher has not."""
+    for name in ("past_key_values", "cache_params"):
+        if batch.get(name) is not None:
+            raise ValueError(
+                f"batch must not hold {name}: got one cache, which teacher and student would both "
+                "fill; drop it, and run whole texts."
+            )
+    given = ("decoder_input_ids", "decoder_inputs_embeds")
+    if labels is None or not is_encoder_decoder(student) or any(name in batch for name in given):
+        return batch
+    if student.get_output_embeddings() is None:  # labels of texts, not of tokens
+        return batch
+    if not hasattr(student, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(
+            f"batch must hold decoder_input_ids for {type(student).__name__}, which the teacher "
+            f"reads too: got {sorted(batch)}; add the labels, shifted to the right."
+        )
+    ids = student.prepare_decoder_input_ids_from_labels(labels=labels)
+    return {**batch, "decoder_input_ids": ids}
+
+
+def decoder_mask(batch: Mapping[str, Tensor], labels: Tensor | None) -> Tensor | None:
+    """[B, T] bool: the tokens of a decoder behind an encoder that count; None: all.
+
+    Those with a label, where the batch has decoder inputs and labels for them; else, of decoders
+    that read what their encoders read, those of the encoder.
+    """
+    mask = token_mask(batch.get("decoder_attention_mask"), "decoder_attention_mask")
+    read = batch.get("decoder_input_ids")
+    if read is None:
+        read = batch.get("decoder_inputs_embeds")
+    if read is None:
+        return token_mask(batch.get("attention_mask")) if mask is None else mask
+    if labels is not None and labels.shape == read.shape[:2]:
+        is_labelled = labels != _HIDDEN_LABEL
+        mask = is_labelled if mask is None else mask & is_labelled
+    return (
+        torch.ones(read.shape[:2], dtype=torch.bool, device=read.device) if mask is None else mask
+    )
+
+
+def token_masks(batch: Mapping[str, Tensor], labels: Tensor | None) -> dict[str, Tensor | None]:
+    """By the name of their count: the tokens to compare, [B, T] bool each; None: all."""
+    mask = token_mask(batch.get("attention_mask"))
+    return {"tokens": mask, "decoder_tokens": decoder_mask(batch, labels)}
+
+
+def counted_tokens(model: nn.Module, path: str | None) -> str:
+    """Which tokens the blocks of a model see: a decoder's, if they are behind an encoder."""
+    is_behind = is_encoder_decoder(model) and "decoder" in find_blocks(model, path).path.split(".")
+    return "decoder_tokens" if is_behind else "tokens"
 
 
 def predicted_tokens(mask: Tensor) -> Tensor:
@@ -68,7 +157,8 @@ def count_batch(
     """What the means over one batch are divided by.
 
     Args:
-        batch: with `attention_mask` [B, T], or else `input_ids` or `inputs_embeds`.
+        batch: with `attention_mask` [B, T], or else `input_ids` or `inputs_embeds`; where rows are
+            no texts, each counts as one token.
         labels: of the batch, or None.
         is_causal: whether the student's own loss shifts labels, so that tokens predict the next.
         ignore_index: of the loss of next tokens.
@@ -80,12 +170,14 @@ def count_batch(
     mask = token_mask(batch.get("attention_mask"))
     if mask is None:
         given = [batch[name] for name in ("input_ids", "inputs_embeds") if name in batch]
-        if not given:
+        shapes = [(*each.shape[:2], each.device) for each in given]
+        shapes += [(len(each), 1, each.device) for each in batch.values() if torch.is_tensor(each)]
+        if not shapes:
             raise ValueError(
-                "batch must hold attention_mask, input_ids or inputs_embeds to be counted: got "
-                f"{sorted(batch)}; add one."
+                f"batch must hold tensors to be counted: got {sorted(batch)}; add input_ids."
             )
-        mask = torch.ones(given[0].shape[:2], dtype=torch.bool, device=given[0].device)
+        *shape, device = shapes[0]
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
     following = predicted_tokens(mask)
     if labels is not None and labels.shape == mask.shape:
         following = following & (labels[:, 1:] != ignore_index)
@@ -96,7 +188,14 @@ def count_batch(
         shown = rows
     else:
         shown = ((labels[:, 1:] if is_causal else labels) != _HIDDEN_LABEL).sum()
-    return {"rows": rows, "tokens": mask.sum(), "next_tokens": following.sum(), "labels": shown}
+    read = decoder_mask(batch, labels)
+    return {
+        "rows": rows,
+        "tokens": mask.sum(),
+        "decoder_tokens": (mask if read is None else read).sum(),
+        "next_tokens": following.sum(),
+        "labels": shown,
+    }
 
 
 def shares(counts: Mapping[str, Tensor], normalizers: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,12 +12,13 @@ from transformers.utils import ModelOutput
 from .architectures import hidden_width, layer_count
 from .batch import (
     COUNTS,
-    accepted_entries,
-    argument_names,
     check_tokens,
     count_batch,
+    counted_tokens,
+    readable,
+    run_model,
     shares,
-    token_mask,
+    token_masks,
 )
 from .capture import AttentionInputs, capture_attention, capture_hidden_states
 from .config import DistillConfig
@@ -33,7 +34,7 @@ from .losses import (
 )
 from .mapping import attention_pairs, layer_pairs
 from .outputs import compare_outputs, stored_states, take_stored
-from .terms import build_losses, check_output, check_pairs, check_stored
+from .terms import build_losses, check_apart, check_output, check_pairs, check_stored
 from .weighting import Weighting
 
 
@@ -42,8 +43,9 @@ class DistillerOutput(ModelOutput):
     """What one forward pass of a `Distiller` gives."""
 
     loss: Tensor | None = None  # [], the weighted sum of all terms
-    # The student's; detached under normalizers. Hugging Face's Trainer hands on both this and the
-    # logs: preprocess_logits_for_metrics=lambda output, labels: output[0] leaves the logits.
+    # The student's; detached under normalizers. Hugging Face's Trainer keeps these and logs: with
+    # preprocess_logits_for_metrics=lambda output, labels: output[0] the logits. For an eval_loss
+    # without labels it takes label_names=["input_ids"].
     logits: Tensor | None = None
     # [] each, detached: every term by its name, and times its weight as "weighted_<name>".
     logs: dict[str, Tensor] | None = None
@@ -113,10 +115,7 @@ class Distiller(nn.Module):
             raise ValueError(
                 f"task_weight must be a finite number >= 0: got {task_weight}; pass one."
             )
-        if teacher is student:
-            raise ValueError(
-                "teacher and student must be two models: got the same one twice; use copy.deepcopy."
-            )
+        check_apart(teacher, student)
         self.student = student
         # So that the Hugging Face Trainer can write checkpoints.
         self.register_state_dict_post_hook(keep_one_name)
@@ -125,8 +124,7 @@ class Distiller(nn.Module):
         self.feature = self.attention = self.output = None
         self.pairs: list[tuple[int, int]] = []
         self.attention_pairs: list[tuple[int, int]] = []
-        # In a tuple, so that nn.Module does not register it.
-        self._teacher = (teacher,)
+        self._teacher = (teacher,)  # in a tuple, so that nn.Module does not register it
         self.block_paths = (student_path, teacher_path)
         self.top_k = top_k
         self.weighting = weighting or Weighting()
@@ -191,9 +189,11 @@ class Distiller(nn.Module):
 
         Returns:
             [] int64 each (exact, and spared by the casts of mixed precision): "tokens" of features,
-            attention and logits per token; "next_tokens" of `LinearKLLoss`; "rows" of logits per
-            text; "labels" of L_task. Their sums over all batches of a step are `normalizers`.
+            attention and logits per token, "decoder_tokens" where these are of a decoder behind an
+            encoder; "next_tokens" of `LinearKLLoss`; "rows" of logits per text; "labels" of L_task.
+            Their sums over all batches of a step are `normalizers`.
         """
+        batch = readable(self.student, batch, labels)
         ignore_index = self.output.ignore_index if self._is_headless else -100
         is_causal = is_causal_lm(self.student)
         return count_batch(batch, labels, is_causal=is_causal, ignore_index=ignore_index)
@@ -228,6 +228,7 @@ class Distiller(nn.Module):
         # Every term is a mean over this batch; its share makes it a part of the mean over several.
         # One factor is right for values, gradients and penalties of learned weights alike.
         share = dict.fromkeys(COUNTS, 1.0)
+        batch = readable(self.student, batch, labels)
         if normalizers is not None:
             share = shares(self.counts(labels, **batch), normalizers)
             if labels is not None and not self._is_headless:
@@ -270,17 +271,14 @@ class Distiller(nn.Module):
 
     def _run(self, model: nn.Module, batch: dict, labels: Tensor | None = None) -> object:
         """One model on a batch, with its head or without."""
-        model = body_of(model) if self._is_headless else model
-        entries = accepted_entries(model, batch, others=(self.student, self.teacher))
-        if "use_cache" in argument_names(model):
-            entries.setdefault("use_cache", False)  # keys and values that nobody would read
-        if labels is not None and not self._is_headless:
-            entries["labels"] = labels
-        return model(**entries)
+        others = self.student, self.teacher
+        if self._is_headless:
+            return run_model(body_of(model), batch, None, others)
+        return run_model(model, batch, labels, others)
 
     def _align(self, batch: dict, labels: Tensor | None) -> tuple[object, list[tuple]]:
         """Both models on one batch: the student's output, and each loss, its result, its count."""
-        mask = token_mask(batch.get("attention_mask"))
+        masks = token_masks(batch, labels)
         results: list[tuple] = []
         stored, batch = take_stored(batch)
         with unsharded(self.teacher):
@@ -294,16 +292,19 @@ class Distiller(nn.Module):
                 output = self._run(self.student, batch, labels)
             if self.output is not None:
                 sides = (self.student, output), (self.teacher, their_output)
-                result = compare_outputs(self.output, *sides, labels, mask, top_k=self.top_k)
+                result = compare_outputs(self.output, *sides, labels, masks, top_k=self.top_k)
                 results.append((self.output, *result))
+        if self.feature is not None or self.attention is not None:
+            counted = counted_tokens(self.student, self.block_paths[0])
         if self.feature is not None:
             student, teacher = _pair_up(self.pairs, our_states, their_states)
             check_tokens(student[0], teacher[0])
-            results.append((self.feature, self.feature(student, teacher, mask), "tokens"))
+            result = self.feature(student, teacher, masks[counted])
+            results.append((self.feature, result, counted))
         if self.attention is not None:
             student, teacher = _pair_up(self.attention_pairs, our_inputs, their_inputs)
             # The padding is among what is captured.
-            results.append((self.attention, self.attention(student, teacher), "tokens"))
+            results.append((self.attention, self.attention(student, teacher), counted))
         return output, results
 
     @contextmanager

@@ -5,9 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .architectures import inner_model
+from .batch import argument_names
+
 # What configs call the factor of the logits; "logits_scaling" (Granite) divides.
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
+# Classes that predict next tokens end so: multimodal ones are "ForConditionalGeneration".
+_CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+# Among them `config.model_type` of those whose labels stand at their own places.
+_UNSHIFTED = ("flaubert", "xlm", "xlnet")
+_ENLARGED = 128  # a power of 2 rounds nothing
 _WIDENED_ROWS = 8192  # of a head in half precision, in float32 at a time
 
 
@@ -50,19 +59,22 @@ class LMHead:
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether the model predicts the next token of a vocabulary."""
-    return (
-        hasattr(model, "get_output_embeddings")
-        and model.get_output_embeddings() is not None
-        and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    )
+    """Whether the model predicts the next token of a vocabulary, and shifts labels in its loss."""
+    model = inner_model(model)
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        return False
+    if model.config.is_encoder_decoder or model.config.model_type in _UNSHIFTED:
+        return False
+    return any(each.__name__.endswith(_CAUSAL) for each in type(model).__mro__)
 
 
 def body_of(model: nn.Module) -> nn.Module:
-    """A causal LM without its head: where adapters (peft) wrap it, the layers that hold them."""
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return model.base_model
+    """A causal LM without its head: where adapters (peft) wrap it, the layers that hold them.
+
+    Compiled as `torch.compile(model)` is; of `model.compile()` it knows nothing.
+    """
+    compiled = getattr(model, "dynamo_ctx", lambda body: body)
+    return compiled(inner_model(model).base_model)
 
 
 def find_lm_head(model: nn.Module) -> LMHead:
@@ -84,7 +96,7 @@ def find_lm_head(model: nn.Module) -> LMHead:
         factor *= getattr(config, name, None) or 1.0
     for name in _DIVISORS:
         factor /= getattr(config, name, None) or 1.0
-    softcap = getattr(config, "final_logit_softcapping", None)
+    softcap = next((cap for name in _CAPS if (cap := getattr(config, name, None))), None)
     return LMHead(
         head.weight, head.bias, float(factor), None if softcap is None else float(softcap)
     )
@@ -117,15 +129,29 @@ def check_lm_head(model: nn.Module) -> None:
     Raises:
         ValueError: the model does something to its logits that is not known here.
     """
+    model = getattr(model, "_orig_mod", model)  # not worth compiling
     was_training = model.training
     model.eval()
     device = model.get_input_embeddings().weight.device
-    ids = torch.tensor([[0, 1]], device=device)
-    hidden = body_of(model)(input_ids=ids)[0]
-    own = model(input_ids=ids).logits
+    entries = {"input_ids": torch.tensor([[0, 1]], device=device)}
+    if "use_cache" in argument_names(model):
+        entries["use_cache"] = False
+    hidden = body_of(model)(**entries)[0]
+    factors = [1]
+
+    def enlarge(_head, args) -> tuple:
+        return args[0] * factors[0], *args[1:]
+
+    head = find_lm_head(model)
+    is_known = True
+    with model.get_output_embeddings().register_forward_pre_hook(enlarge):
+        # Caps show in logits that are large, which those of a new model are not.
+        for factors[0] in (1, _ENLARGED):
+            own, found = model(**entries).logits, head.logits(hidden * factors[0])
+            is_like = own.shape == found.shape and torch.allclose(found, own, rtol=1e-2, atol=1e-2)
+            is_known = is_known and is_like
     model.train(was_training)
-    found = find_lm_head(model).logits(hidden)
-    if own.shape != found.shape or not torch.allclose(found, own, rtol=1e-2, atol=1e-2):
+    if not is_known:
         raise ValueError(
             f"{type(model).__name__} must compute its logits as a linear head does (scaled or "
             "softcapped): its own differ from those; compute logits yourself and use LogitKLLoss."

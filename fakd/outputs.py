@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fakd_kernels import LinearKL, LogitKL, TopKKL
 
-from .batch import check_tokens, predicted_tokens
+from .batch import check_tokens, is_encoder_decoder, predicted_tokens
 from .lm_head import find_lm_head
 from .losses import LinearKLLoss, LogitKLLoss, TopKKLLoss
 
@@ -41,7 +41,7 @@ def compare_outputs(
     student: tuple[nn.Module, object],
     teacher: tuple[nn.Module | None, object],
     labels: Tensor | None,
-    mask: Tensor | None,
+    masks: Mapping[str, Tensor | None],
     *,
     top_k: int,
 ) -> tuple[LinearKL | LogitKL | TopKKL, str]:
@@ -52,17 +52,22 @@ def compare_outputs(
         student: the model, and its output.
         teacher: likewise; without a model, what was stored of it, by name.
         labels: [B, T], not shifted; of next tokens only.
-        mask: [B, T], the tokens that count.
+        masks: of "tokens" and of "decoder_tokens", [B, T] each: those that count.
         top_k: entries per token for a `TopKKLLoss` with a teacher.
     """
     (our_model, ours), (their_model, theirs) = student, teacher
     if isinstance(loss, LogitKLLoss):
-        logits = theirs.logits if their_model is not None else _stored(theirs, "teacher_logits")
-        check_tokens(ours.logits, logits)
+        compared = _logits(our_model, ours)
+        if their_model is None:
+            logits = _stored(theirs, "teacher_logits")
+        else:
+            logits = _logits(their_model, theirs)
+        check_tokens(compared, logits)
         # One row of logits per text has no tokens to mask.
-        has_tokens = ours.logits.dim() == 3
-        result = loss(ours.logits, logits, mask=mask if has_tokens else None)
-        return result, "tokens" if has_tokens else "rows"
+        counted = "rows"
+        if compared.dim() == 3:
+            counted = "decoder_tokens" if is_encoder_decoder(our_model) else "tokens"
+        return loss(compared, logits, mask=masks.get(counted)), counted
     if their_model is None:
         names = ("teacher_indices", "teacher_logprobs")
         compared = TopEntries(*(_stored(theirs, name) for name in names))
@@ -73,7 +78,8 @@ def compare_outputs(
         compared = top_entries(their_model, theirs[0], top_k, vocabulary)
     else:
         compared = their_model, theirs[0]
-    return compare_next_tokens(loss, (our_model, ours[0]), compared, labels, mask), "next_tokens"
+    states = our_model, ours[0]
+    return compare_next_tokens(loss, states, compared, labels, masks["tokens"]), "next_tokens"
 
 
 def compare_next_tokens(
@@ -152,3 +158,14 @@ def _stored(entries: Mapping[str, Tensor], name: str) -> Tensor:
             "it, or pass a teacher."
         )
     return entries[name]
+
+
+def _logits(model: nn.Module, output: object) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        raise ValueError(
+            f"{type(model).__name__} must return logits for LogitKLLoss: got "
+            f"{', '.join(output) if isinstance(output, Mapping) else type(output).__name__}; use a "
+            "model with a head that does, or align features or attention."
+        )
+    return logits

@@ -16,6 +16,8 @@ from .losses import (
 )
 from .mapping import attention_pairs, layer_pairs
 
+_NO_CLASSES = ("regression", "multi_label_classification")  # `config.problem_type`
+
 
 def build_losses(
     config: DistillConfig, teacher: nn.Module | None, student: nn.Module, vocab: str | None = None
@@ -58,10 +60,12 @@ def build_output(
     options = {"kl_weight": config.alpha, "temperature": config.temperature}
     options["distance"] = config.output_distance
     if not is_causal_lm(student):
-        if getattr(student.config, "num_labels", None) == 1:
+        kind = getattr(student.config, "problem_type", None)
+        if getattr(student.config, "num_labels", None) == 1 or kind in _NO_CLASSES:
             raise ValueError(
-                f"distill.alpha must be 0 for a regression: got {config.alpha}, for a softmax over "
-                "one output, which is 1 whatever it predicts; align features or attention."
+                f"distill.alpha must be 0 for a regression or several labels: got {config.alpha}"
+                ", for a softmax over what are not the classes of one label; align features or "
+                "attention."
             )
         return LogitKLLoss(**options)
     options |= {"ce_weight": config.task_weight, "vocab": vocab}
@@ -75,7 +79,7 @@ def check_output(output: nn.Module | None, teacher: nn.Module | None, student: n
     models = [model for model in (student, teacher) if model is not None]
     for model in models:
         check_lm_head(model)
-    if getattr(student.config, "output_router_logits", False):
+    if getattr(student.config.get_text_config(), "output_router_logits", False):
         raise ValueError(
             "output_router_logits of the student must be False where it runs without its LM head, "
             "which adds that loss: got True; change its config, or use LogitKLLoss."
@@ -85,6 +89,22 @@ def check_output(output: nn.Module | None, teacher: nn.Module | None, student: n
         raise ValueError(
             f"vocabularies must be of equal size: got {sizes[0]} (student) and {sizes[1]} "
             "(teacher); if one is only padded, compare what they share with vocab='prefix'."
+        )
+
+
+def check_apart(teacher: nn.Module | None, student: nn.Module) -> None:
+    """Check that freezing the teacher leaves the student as it is."""
+    if teacher is student:
+        raise ValueError(
+            "teacher and student must be two models: got the same one twice; use copy.deepcopy."
+        )
+    theirs = set() if teacher is None else set(teacher.parameters())
+    shared = [n for n, each in student.named_parameters() if each in theirs and each.requires_grad]
+    if shared:
+        raise ValueError(
+            f"teacher and student must not share what the student learns: got {shared[0]!r} and "
+            f"{len(shared) - 1} more, frozen with the teacher; use copy.deepcopy, or freeze them "
+            "with requires_grad_(False) if that is meant."
         )
 
 

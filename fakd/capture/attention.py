@@ -129,8 +129,8 @@ class _Attention(Recorder):
             raise RuntimeError(
                 f"{type(block).__name__} must compute attention through the attention interface of "
                 f"transformers: got no call of it in layers {silent}; use a model that does (its "
-                "file names ALL_ATTENTION_FUNCTIONS), run it uncompiled, or align hidden states "
-                "instead."
+                "file names ALL_ATTENTION_FUNCTIONS), run it uncompiled, leave these layers out of "
+                "the map (attention_mapping of a Distiller), or align hidden states instead."
             )
         super()._check()
 

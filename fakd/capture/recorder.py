@@ -61,8 +61,10 @@ class Recorder:
         following = RemovableHandle.next_id
         if _free_ids:
             RemovableHandle.next_id = heapq.heappop(_free_ids)
-        self._handles.append(register(hook, **options))
-        RemovableHandle.next_id = max(following, RemovableHandle.next_id)
+        try:
+            self._handles.append(register(hook, **options))
+        finally:
+            RemovableHandle.next_id = max(following, RemovableHandle.next_id)
 
     def _begin(self, _owner, _args) -> None:
         self.captured.clear()

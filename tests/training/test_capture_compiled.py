@@ -7,8 +7,15 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fakd import Distiller, capture_attention, capture_hidden_states
+from fakd import (
+    DistillConfig,
+    Distiller,
+    LinearKLLoss,
+    capture_attention,
+    capture_hidden_states,
+)
 from tests.support.models import tiny_batch, tiny_model
+from tests.training.test_lm_head import causal_lm
 
 # PyTorch hides it, but not where warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -112,3 +119,21 @@ def test_hooks_have_the_same_ids_in_equal_contexts():
     with capture_hidden_states(model, [1]):
         assert all(kept.id not in own for own in found[0])
     assert list(model._forward_hooks) == [kept.id]
+
+
+def test_a_compiled_language_model_has_the_same_losses_and_runs_compiled(counter):
+    teacher, student, config = causal_lm("llama"), causal_lm("qwen3"), DistillConfig(alpha=0.5)
+    plain = Distiller.from_config(teacher, student, config)
+    compiled = torch.compile(student, backend=counter)
+    distiller = Distiller.from_config(teacher, compiled, config)
+    assert isinstance(distiller.output, LinearKLLoss)
+    distiller.feature = plain.feature
+    counts = []
+    for seed in range(3):
+        batch = tiny_batch(seed=seed)
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        assert distiller.counts(**batch) == plain.counts(**batch)
+        before = counter.frame_count
+        torch.testing.assert_close(distiller(**batch).logs, plain(**batch).logs)
+        counts.append(counter.frame_count - before)
+    assert counts == [1, 0, 0]

@@ -179,14 +179,18 @@ def test_counts():
     batch = tiny_batch(4, 7, labels=3)  # 7, 6, 5 and 4 tokens
     batch["labels"][1] = -100
     found = {name: count.item() for name, count in make().counts(**batch).items()}
-    assert found == {"rows": 4, "tokens": 22, "next_tokens": 18, "labels": 3}
+    tokens = {"tokens": 22, "decoder_tokens": 22}
+    assert found == {"rows": 4, **tokens, "next_tokens": 18, "labels": 3}
     del batch["labels"], batch["attention_mask"]
     found = {name: count.item() for name, count in make().counts(**batch).items()}
-    assert found == {"rows": 4, "tokens": 28, "next_tokens": 24, "labels": 0}
+    tokens = {"tokens": 28, "decoder_tokens": 28}
+    assert found == {"rows": 4, **tokens, "next_tokens": 24, "labels": 0}
     scores = torch.tensor([0.5, -100.0])
     assert make().counts(scores, input_ids=batch["input_ids"][:2])["labels"] == 2
-    with pytest.raises(ValueError, match=r"attention_mask, input_ids or .* got \['pixels'\]"):
-        make().counts(pixels=torch.ones(2, 3))
+    # Images: rows are all that is known of them.
+    assert make().counts(pixel_values=torch.ones(2, 3, 8, 8))["tokens"] == 2
+    with pytest.raises(ValueError, match=r"must hold tensors to be counted: got \[\]"):
+        make().counts()
 
 
 def test_parts_add_up_to_the_whole():
@@ -271,7 +275,11 @@ def test_impossible_batches():
 def test_unequal_token_counts():
     distiller = make()
     distiller.teacher.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {k: v[:, :-1] for k, v in kwargs.items()}), with_kwargs=True
+        lambda _, args, kwargs: (
+            args,
+            {k: v[:, :-1] if torch.is_tensor(v) else v for k, v in kwargs.items()},
+        ),
+        with_kwargs=True,
     )
     with pytest.raises(ValueError, match=r"same tokens: got \[3, 6\] and \[3, 7\]; use one token"):
         distiller(**tiny_batch())

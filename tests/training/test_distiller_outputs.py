@@ -135,7 +135,7 @@ def test_losses_that_a_missing_head_would_drop_are_refused():
 
 def test_a_regression_has_no_distribution_of_outputs():
     teacher, student = (tiny_model("bert", labels=1, seed=seed) for seed in (0, 1))
-    with pytest.raises(ValueError, match=r"alpha must be 0 for a regression: got 0\.5"):
+    with pytest.raises(ValueError, match=r"alpha must be 0 for a regression.*: got 0\.5"):
         Distiller.from_config(teacher, student, DistillConfig(alpha=0.5))
     distiller = Distiller(teacher, student, output=LogitKLLoss())
     with pytest.raises(ValueError, match="at least 2 classes: got 1"):
