@@ -14,6 +14,7 @@ namespace fakd {
 struct TopEntry {
   int64_t index;
   double logit, log_teacher;
+  double student = 0, teacher = 0;  // exponentials
 };
 
 class TopRow {
@@ -48,13 +49,8 @@ class TopRow {
     }
   }
 
-  static double log_sum(double a, double b) {
-    const double most = std::max(a, b);
-    return most == -INFINITY ? most : most + std::log(std::exp(a - most) + std::exp(b - most));
-  }
   // T (log T - log S), 0 where T is 0.
-  static double term(double log_t, double log_s) {
-    const double t = std::exp(log_t);
+  static double term(double t, double log_t, double log_s) {
     return t == 0 ? 0 : t * (log_t - log_s);
   }
 
@@ -63,17 +59,24 @@ class TopRow {
   ScoreValues with_ghost(
       const ScoreRow& row, double label_logit, double gain, double label_gain, bool wants_grad) {
     float* x = row.grad;
-    double log_all = -INFINITY, teacher_mass = 0;
-    for (const TopEntry& entry : entries_) {
-      log_all = log_sum(log_all, entry.logit);
-      teacher_mass += std::exp(entry.log_teacher);
+    double teacher_mass = 0, most = -INFINITY;
+    for (TopEntry& entry : entries_) {
+      entry.teacher = std::exp(entry.log_teacher);
+      teacher_mass += entry.teacher;
+      most = std::max(most, entry.logit);
       x[entry.index] = -INFINITY;
     }
     const ScoreSide plain;
     const bool has_others = int64_t(entries_.size()) < row.n;
     const Powers others = has_others ? kernels_.powers_row(x, row.n, plain, nullptr) : Powers{};
     const double log_others = has_others ? others.most + std::log(others.sum) : -INFINITY;
-    log_all = log_sum(log_all, log_others);
+    most = std::max(most, log_others);
+    double student_mass = has_others ? std::exp(log_others - most) : 0.0;
+    for (TopEntry& entry : entries_) {
+      entry.student = std::exp(entry.logit - most);
+      student_mass += entry.student;
+    }
+    const double log_all = most + std::log(student_mass);
     // Rounded probabilities may exceed 1 together: the teacher's outcomes are scaled to sum to it.
     double teacher_ghost = has_others ? std::max(0.0, 1.0 - teacher_mass) : 0.0;
     teacher_mass += teacher_ghost;
@@ -85,7 +88,8 @@ class TopRow {
       values.distance = teacher_ghost * (std::log(teacher_ghost) - (log_others - log_all));
     }
     for (const TopEntry& entry : entries_) {
-      values.distance += term(entry.log_teacher - log_mass, entry.logit - log_all);
+      values.distance += term(
+          entry.teacher / teacher_mass, entry.log_teacher - log_mass, entry.logit - log_all);
     }
     if (row.label >= 0) values.cross_entropy = log_all - label_logit;
     if (!wants_grad) return values;
@@ -96,8 +100,7 @@ class TopRow {
       kernels_.scale(x, float(by_power), row.n, x);
     }
     for (const TopEntry& entry : entries_) {
-      const double s = std::exp(entry.logit - log_all);
-      const double t = std::exp(entry.log_teacher - log_mass);
+      const double s = entry.student / student_mass, t = entry.teacher / teacher_mass;
       x[entry.index] = float(gain * (s - t) + label_gain * s);
     }
     if (row.label >= 0) x[row.label] -= float(label_gain);
@@ -121,15 +124,21 @@ class TopRow {
       if (row.label >= 0) x[row.label] -= float(label_gain);
     }
     const double tau = terms_.student.inverse_temperature;
-    double log_s = -INFINITY, log_t = -INFINITY;
+    double most_s = -INFINITY, most_t = -INFINITY;
     for (const TopEntry& entry : entries_) {
-      log_s = log_sum(log_s, entry.logit * tau);
-      log_t = log_sum(log_t, entry.log_teacher * tau);
+      most_s = std::max(most_s, entry.logit * tau);
+      most_t = std::max(most_t, entry.log_teacher * tau);
     }
+    double sum_s = 0, sum_t = 0;
+    for (TopEntry& entry : entries_) {
+      sum_s += entry.student = std::exp(entry.logit * tau - most_s);
+      sum_t += entry.teacher = std::exp(entry.log_teacher * tau - most_t);
+    }
+    const double log_s = most_s + std::log(sum_s), log_t = most_t + std::log(sum_t);
     for (const TopEntry& entry : entries_) {
-      const double s = entry.logit * tau - log_s, t = entry.log_teacher * tau - log_t;
-      values.distance += term(t, s);
-      if (wants_grad) x[entry.index] += float(gain * tau * (std::exp(s) - std::exp(t)));
+      const double s = entry.student / sum_s, t = entry.teacher / sum_t;
+      values.distance += term(t, entry.log_teacher * tau - log_t, entry.logit * tau - log_s);
+      if (wants_grad) x[entry.index] += float(gain * tau * (s - t));
     }
     return values;
   }

@@ -65,7 +65,8 @@ def linear_kl(
         loss = kl_weight * temperature**2 * kl + ce_weight * F.cross_entropy(student, labels)
 
     without storing N x V logits or rounding them to the models' dtype, and with the gradients
-    computed in the same pass as the value.
+    computed in the same pass as the value. Logits of fewer than some 500 entries are no burden:
+    `logit_kl` of them takes less time.
 
     Args:
         student_hidden: `[B, T, D]` or `[N, D]`, float16 | bfloat16 | float32 | float64 (reference
