@@ -80,7 +80,10 @@ def is_encoder_decoder(model: nn.Module | None) -> bool:
 def readable(
     student: nn.Module, batch: Mapping[str, Tensor], labels: Tensor | None
 ) -> Mapping[str, Tensor]:
-    """The batch, with what decoders read: models make it of labels, which the teacher has not."""
+    """The batch, with what decoders read: models make it of labels, which the teacher has not.
+
+    That is the labels, shifted to the right behind the student's first token.
+    """
     for name in ("past_key_values", "cache_params"):
         if batch.get(name) is not None:
             raise ValueError(
@@ -88,17 +91,23 @@ def readable(
                 "fill; drop it, and run whole texts."
             )
     given = ("decoder_input_ids", "decoder_inputs_embeds")
-    if labels is None or not is_encoder_decoder(student) or any(name in batch for name in given):
+    is_given = any(batch.get(name) is not None for name in given)
+    if labels is None or is_given or not is_encoder_decoder(student):
         return batch
-    if student.get_output_embeddings() is None:  # labels of texts, not of tokens
+    if labels.dim() != 2 or student.get_output_embeddings() is None:  # not of tokens
         return batch
-    if not hasattr(student, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(
-            f"batch must hold decoder_input_ids for {type(student).__name__}, which the teacher "
-            f"reads too: got {sorted(batch)}; add the labels, shifted to the right."
-        )
-    ids = student.prepare_decoder_input_ids_from_labels(labels=labels)
-    return {**batch, "decoder_input_ids": ids}
+    if hasattr(student, "prepare_decoder_input_ids_from_labels"):
+        ids = student.prepare_decoder_input_ids_from_labels(labels=labels)
+        return {**batch, "decoder_input_ids": ids}
+    config = inner_model(student).config
+    first = getattr(config, "decoder_start_token_id", None)
+    if first is None:
+        return batch
+    ids = torch.cat((torch.full_like(labels[:, :1], first), labels[:, :-1]), 1)
+    return {
+        **batch,
+        "decoder_input_ids": ids.masked_fill(ids == _HIDDEN_LABEL, config.pad_token_id),
+    }
 
 
 def decoder_mask(batch: Mapping[str, Tensor], labels: Tensor | None) -> Tensor | None:

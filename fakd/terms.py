@@ -6,7 +6,7 @@ from torch import nn
 
 from .architectures import hidden_width, layer_count
 from .config import DistillConfig
-from .lm_head import check_lm_head, find_lm_head, is_causal_lm
+from .lm_head import check_lm_head, find_lm_head, is_causal_lm, takes_text_alone
 from .losses import (
     AttentionKLLoss,
     FeatureAlignmentLoss,
@@ -29,9 +29,12 @@ def build_losses(
     """
     if teacher is None or not any((config.alpha, config.beta, config.gamma, config.delta)):
         return {}
+    feature = attention = None
+    output = build_output(config, student, vocab)
+    if not any((config.beta, config.gamma, config.delta)):
+        return {"mapping": config.mapping, "output": output}
     layers = layer_count(student), layer_count(teacher)
     pairs = layer_pairs(config.mapping, *layers)
-    feature = attention = None
     if config.beta != 0 or config.delta != 0:
         feature = FeatureAlignmentLoss(
             hidden_width(student),
@@ -47,7 +50,6 @@ def build_losses(
     if config.gamma != 0:
         count = len(attention_pairs(config.attention_mapping, pairs, *layers))
         attention = AttentionKLLoss(count, heads=config.heads, weight=config.gamma)
-    output = build_output(config, student, vocab)
     return {"mapping": pairs, "feature": feature, "attention": attention, "output": output}
 
 
@@ -59,7 +61,7 @@ def build_output(
         return None
     options = {"kl_weight": config.alpha, "temperature": config.temperature}
     options["distance"] = config.output_distance
-    if not is_causal_lm(student):
+    if not (is_causal_lm(student) and takes_text_alone(student)):
         kind = getattr(student.config, "problem_type", None)
         if getattr(student.config, "num_labels", None) == 1 or kind in _NO_CLASSES:
             raise ValueError(

@@ -1,6 +1,8 @@
 """What the captures share: they record during the model's forward pass, and check at its end."""
 
 import heapq
+import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ..architectures import Blocks
 
-# Of hooks that are gone: a heap, so that equal contexts take equal ids.
+# Of hooks that are gone: a heap, so that equal contexts take equal ids. PyTorch's own stay below.
 _free_ids: list[int] = []
+_new_ids = itertools.count(1 << 62)
+_lock = threading.Lock()
 
 
 class Captured(dict):
@@ -49,7 +53,8 @@ class Recorder:
     def __exit__(self, *_) -> None:
         for handle in self._handles:
             handle.remove()
-            heapq.heappush(_free_ids, handle.id)
+            with _lock:
+                heapq.heappush(_free_ids, handle.id)
 
     @torch.compiler.disable(reason="hooks come and go outside of graphs")
     def _register(self, register: Callable, hook: Callable, **options) -> None:
@@ -58,13 +63,15 @@ class Recorder:
         Compiled models guard on the ids of their hooks: PyTorch's own, ever new, would have them
         compiled again for every context, that is in every step.
         """
-        following = RemovableHandle.next_id
-        if _free_ids:
-            RemovableHandle.next_id = heapq.heappop(_free_ids)
-        try:
-            self._handles.append(register(hook, **options))
-        finally:
-            RemovableHandle.next_id = max(following, RemovableHandle.next_id)
+        handle = register(hook, **options)
+        with _lock:
+            place = heapq.heappop(_free_ids) if _free_ids else next(_new_ids)
+        for reference in (handle.hooks_dict_ref, *handle.extra_dict_ref):
+            hooks = reference()
+            if handle.id in hooks:
+                hooks[place] = hooks.pop(handle.id)
+        handle.id = place
+        self._handles.append(handle)
 
     def _begin(self, _owner, _args) -> None:
         self.captured.clear()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.hooks import RemovableHandle
 
 from fakd import (
     DistillConfig,
@@ -137,3 +138,15 @@ def test_a_compiled_language_model_has_the_same_losses_and_runs_compiled(counter
         torch.testing.assert_close(distiller(**batch).logs, plain(**batch).logs)
         counts.append(counter.frame_count - before)
     assert counts == [1, 0, 0]
+
+
+def test_ids_of_hooks_are_nobody_elses():
+    """Those of PyTorch only ever rise: the hooks of other threads rely on it."""
+    model, ids = tiny_model(layers=2), []
+    for _ in range(3):
+        with capture_hidden_states(model, [1, 2]):
+            handle = model.register_forward_hook(lambda *_: None)
+            ids.append(handle.id)
+            handle.remove()
+    assert ids == sorted(set(ids))
+    assert max(ids) < RemovableHandle.next_id < 1 << 62

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (
     BartConfig,
+    BartForCausalLM,
     BartForConditionalGeneration,
     FalconConfig,
     FalconForSequenceClassification,
@@ -155,18 +156,27 @@ def test_parts_of_a_batch_of_two_sequences_add_up():
     )
 
 
-def test_decoder_inputs_that_must_be_given():
+def test_decoder_inputs_of_models_that_have_no_method_for_them():
     sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "d_model": 16}
     sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     sizes |= {"max_source_positions": 8, "num_mel_bins": 4, "vocab_size": 60, "pad_token_id": 0}
     config = WhisperConfig(**sizes, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
     teacher = WhisperForConditionalGeneration(config).eval()
-    distiller = Distiller(teacher, copy.deepcopy(teacher), output=LogitKLLoss(), task_weight=0)
-    batch = {"input_features": torch.randn(2, 4, 16), "labels": torch.tensor([[5, 6], [7, -100]])}
-    with pytest.raises(ValueError, match="must hold decoder_input_ids for WhisperForCond"):
-        distiller(**batch)
-    batch["decoder_input_ids"] = torch.tensor([[1, 5], [1, 7]])
-    assert distiller(**batch).loss.abs() < 1e-6
+    labels = torch.tensor([[5, 6, 9], [7, 8, -100]])
+    batch = {"input_features": torch.randn(2, 4, 16), "labels": labels}
+    own = teacher(**batch).loss
+    distiller = Distiller(teacher, copy.deepcopy(teacher), output=LogitKLLoss())
+    for more in ({}, {"decoder_input_ids": None}):
+        logs = distiller(**batch, **more).logs
+        assert logs["soft"].abs() < 1e-6
+        torch.testing.assert_close(logs["task"], own)
+
+
+def test_configs_need_blocks_for_layers_alone():
+    teacher = seq2seq("bart")  # two lists of as many blocks
+    config = DistillConfig(alpha=1.0, beta=0.0, delta=0.0)
+    distiller = Distiller.from_config(teacher, moved(teacher), config)
+    assert distiller(**seq2seq_batch()).logs["soft"] > 0
 
 
 def test_labels_are_shifted_whatever_wraps_the_model():
@@ -183,6 +193,35 @@ def test_labels_are_shifted_whatever_wraps_the_model():
     config = XLNetConfig(vocab_size=60, d_model=16, n_layer=1, n_head=2, d_inner=32)
     assert not is_causal_lm(XLNetLMHeadModel(config))
     assert not is_causal_lm(seq2seq("t5"))
+    # A decoder of these, whose labels stand at their own places too.
+    sizes = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    decoder = BartForCausalLM(BartConfig(vocab_size=60, d_model=16, pad_token_id=0, **sizes))
+    assert Distiller(None, decoder).counts(**batch)["labels"] == 24
+
+
+def test_models_that_need_an_image_keep_their_heads():
+    class SeeingForConditionalGeneration(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inside, self.config = model, model.config
+
+        def get_output_embeddings(self):
+            return self.inside.get_output_embeddings()
+
+        def forward(self, pixel_values, input_ids=None, **kwargs):
+            return self.inside(input_ids=input_ids, **kwargs)
+
+    student = SeeingForConditionalGeneration(causal_lm("llama"))
+    assert is_causal_lm(student)
+    assert isinstance(build_output(DistillConfig(alpha=1.0), student), LogitKLLoss)
+    with pytest.raises(ValueError, match="must run from input_ids alone"):
+        check_lm_head(student)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factors_round_in_half_precision(dtype):
+    for family, change in (("granite", {"logits_scaling": 6.0}), ("cohere", {"logit_scale": 0.83})):
+        check_lm_head(causal_lm(family, hidden_size=256, vocab_size=2000, **change).to(dtype))
 
 
 def test_caps_show_in_large_logits():
