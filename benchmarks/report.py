@@ -97,7 +97,8 @@ def _curve(curve: dict) -> list[str]:
 
 def _table(heading: str, rows: list[dict], others: list[str], labels: list[str]) -> list[str]:
     """Times, ratios of medians and peak memory."""
-    headings = [heading, "fakd", *[HEADINGS[name] for name in others], "extra peak memory"]
+    contenders = [HEADINGS[n] if n in BOUNDS else f"against {HEADINGS[n]}" for n in others]
+    headings = [heading, "fakd", *contenders, "extra peak memory"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for row, words in zip(rows, labels, strict=True):
         times = {name: spread["median"] for name, spread in row["times_ms"].items()}

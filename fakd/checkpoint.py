@@ -77,10 +77,11 @@ class Checkpoints:
         step: int,
         *,
         is_scored: bool = True,
-    ) -> None:
+    ) -> dict[str, float] | None:
         """Write the state after `step` steps; a collective of all processes.
 
-        One that is not scored is never the best.
+        Returns:
+            Its scores. One that is not scored is never the best.
 
         Raises:
             OSError: the disk refuses; the checkpoints before are still there, whole.
@@ -103,6 +104,7 @@ class Checkpoints:
             self._write(step, model_state, moments, progress)
             self._prune()
         accelerator.wait_for_everyone()
+        return scores
 
     def restore(
         self,

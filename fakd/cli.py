@@ -74,7 +74,7 @@ def train(
     epochs: Annotated[float | None, typer.Option(help="Instead of steps.")] = None,
     settings: Settings = [],  # noqa: B006
     is_dry: Annotated[
-        bool, typer.Option("--dry", help="Check and print all settings, and train nothing.")
+        bool, typer.Option("--dry", help="Print all settings; read no model and no data.")
     ] = False,
 ) -> None:
     """Distil a student; the same command goes on with a training that was interrupted."""

@@ -15,8 +15,9 @@ from .distribute import is_main_process, start_anew
 from .measure import Costs, measure_costs
 from .page import to_table
 from .report import Run, cost_rows, read_run, score_rows, verdict, write_page
-from .run import START, TEACHER, RunResults, in_words, run
+from .run import START, TEACHER, RunResults, run
 from .run_folder import STUDENT
+from .train_log import in_words
 
 REPORT = "report.html"
 

@@ -13,6 +13,7 @@ import fakd_kernels
 
 # Package -> what is missing without it.
 _PACKAGES = {
+    "fakd": "this is a source tree, not installed",
     "torch": "nothing works",
     "triton": "no GPU engine: losses on a GPU store their large intermediates",
     "transformers": "no capture, no training; the losses work",

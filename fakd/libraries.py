@@ -1,6 +1,7 @@
 """The libraries beneath: their versions, and their chatter."""
 
 import platform
+from importlib import metadata
 
 import datasets
 import torch
@@ -16,11 +17,18 @@ def quieten_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
+def version() -> str:
+    try:
+        return metadata.version("fakd")
+    except metadata.PackageNotFoundError:
+        return "from a source tree"
+
+
 def environment() -> str:
     """What a figure depends on, in one sentence without its end."""
     usable = [s.name for s in fakd_kernels.engines().values() if s.is_usable]
     return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"fakd {version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads; usable engines: {', '.join(usable)}"
     )

@@ -19,8 +19,8 @@ from .drawings import draw_curves, draw_layer_map
 from .measure import Costs
 from .page import html_table, page, to_table
 from .run import RunResults
-from .run_folder import CONFIG, ERRORS, LOG, RESULTS, STUDENT
-from .train_log import LogLine
+from .run_folder import BEST_STUDENT, CONFIG, ERRORS, LOG, RESULTS, STUDENT
+from .train_log import LogLine, in_words
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,17 @@ class Run:
 
 
 Arms = Mapping[str, Sequence[Run]]
+_CORRELATIONS = ("pearson", "spearmanr", "matthews_correlation")  # no shares of anything
 
 
 def print_results(results: RunResults, config: RunConfig, console: Console) -> None:
     """Scores before and after, and where the student lies."""
     console.print(to_table("Held-out rows", *_score_rows({"trained": [results]})))
     whole = results.seconds / 60
-    best = "" if results.best_step == results.steps else f"; the best was step {results.best_step}"
+    best = ""
+    if results.best_step != results.steps:
+        best = f"; the best was step {results.best_step}, {in_words(results.best)}: "
+        best += f"{config.output / BEST_STUDENT}"
     console.print(
         f"{results.steps} steps, {whole:.1f} minutes{best}. The student is "
         f"{config.output / STUDENT}, its log {config.output / LOG}.",
@@ -116,7 +120,7 @@ def verdict(arms: Arms) -> list[str]:
 
 def _is_comparable(ours: Sequence[Run], theirs: Sequence[Run]) -> bool:
     sizes = [{part: len(rows) for part, rows in run.errors.items()} for run in (*ours, *theirs)]
-    sources = {run.results.data for run in (*ours, *theirs)}
+    sources = {(run.results.data, run.results.rows) for run in (*ours, *theirs)}
     return len(ours) == len(theirs) and len(sources) == 1 and all(s == sizes[0] for s in sizes)
 
 
@@ -206,7 +210,9 @@ def _mean_of(metric: str, values: Sequence[float]) -> str:
 
 
 def _number(metric: str, value: float) -> str:
-    return f"{value:.1f}" if metric.endswith("perplexity") else f"{100 * value:.1f} %"
+    if metric.endswith("perplexity"):
+        return f"{value:.1f}"
+    return f"{value:.3f}" if metric.endswith(_CORRELATIONS) else f"{100 * value:.1f} %"
 
 
 def cost_rows(costs: Costs) -> tuple[list[str], list[list[str]]]:

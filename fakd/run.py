@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from .libraries import environment, quieten_libraries
 from .parts import Parts, build, make_distiller
 from .run_folder import (
     BASELINE,
+    BEST_STUDENT,
     CHECKPOINTS,
     CONFIG,
     ERRORS,
@@ -37,6 +38,7 @@ from .run_folder import (
 from .stopping import Stopped, StopSignals
 from .teacher_cache import RowsWithTeacher, collate_with_teacher
 from .train import LogLine, train
+from .train_log import in_words
 
 TEACHER, START = "teacher", "student at the start"
 
@@ -50,7 +52,7 @@ class RunResults:
     teacher: dict[str, float]
     start: dict[str, float]  # the student before its training
     student: dict[str, float]
-    best_step: int | None  # of the checkpoint with the best first metric
+    best_step: int | None  # of the checkpoint with the best first metric, which chose by `rows`
     steps: int
     parameters: dict[str, int]
     # What each model has, "student" and "teacher": blocks, and features of a hidden state.
@@ -60,6 +62,8 @@ class RunResults:
     pairs: list[tuple[int, int]]
     seconds: float  # of this call
     environment: str
+    best: dict[str, float] = field(default_factory=dict)  # scores of `best_step`
+    rows: str = ""  # a hash of the held-out rows: errors of equal ones are compared one by one
 
 
 def run(
@@ -79,8 +83,9 @@ def run(
 
     Returns:
         The results (None but in the main process), and the log. `config.output` receives
-        config.yaml (all settings), log.jsonl, results.json, errors.json (of each held-out row, see
-        `Evaluation`), checkpoints/ and student/, a folder that `AutoModel.from_pretrained` reads.
+        config.yaml (all settings), log.jsonl, scores.jsonl (of checkpoints), results.json,
+        errors.json (of each held-out row, see `Evaluation`), checkpoints/ and student/, a folder
+        that `AutoModel.from_pretrained` reads; student-best/ too if an earlier one was better.
 
     Raises:
         ConfigError: the output folder holds another training. Others as `build` and `train` do; all
@@ -167,6 +172,8 @@ def _run(
             start=baseline[START],
             student=checkpoints.verified(last)["scores"],
             best_step=checkpoints.verified(best)["step"],
+            best=checkpoints.verified(best)["scores"],
+            rows=parts.prepared.rows_hash(),
             steps=len(planned),
             parameters={
                 role: sum(parameter.numel() for parameter in model.parameters())
@@ -179,20 +186,15 @@ def _run(
             seconds=time.perf_counter() - began,
             environment=environment(),
         )
-        _save_student(distiller.student, checkpoints.student_state(last), parts, config.output)
+        kept = {STUDENT: last} | ({} if best == last else {BEST_STUDENT: best})
+        for name, path in kept.items():
+            state = checkpoints.student_state(path)
+            _save_student(distiller.student, state, parts, config.output / name)
         write_whole(config.output / RESULTS, json.dumps(dataclasses.asdict(results), indent=1))
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
     return results, log
-
-
-def in_words(scores: dict[str, float]) -> str:
-    """accuracy 0.912, macro_f1 0.874"""
-    return ", ".join(
-        f"{name} {value:.2f}" if name.endswith("perplexity") else f"{name} {value:.4f}"
-        for name, value in scores.items()
-    )
 
 
 def _join(config: RunConfig) -> Accelerator:
@@ -244,9 +246,9 @@ def _evaluate(model: nn.Module, parts: Parts, accelerator: Accelerator) -> Evalu
     return evaluate(model, parts.prepared, parts.tokenizer, accelerator=accelerator)
 
 
-def _save_student(student: nn.Module, state: dict, parts: Parts, output: Path) -> None:
+def _save_student(student: nn.Module, state: dict, parts: Parts, target: Path) -> None:
     """The student as a folder of its own, without teacher and projections."""
-    part, target = output / f".{STUDENT}.part", output / STUDENT
+    part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     student.save_pretrained(part, state_dict=state)
     parts.tokenizer.save_pretrained(part)

@@ -12,9 +12,9 @@ from .distribute import join
 from .evaluate import evaluate
 from .libraries import quieten_libraries
 from .parts import build, cache_identity
-from .run import in_words
 from .run_folder import check_writable
 from .teacher_cache import size_bytes, write_cache
+from .train_log import in_words
 
 
 def cache_teacher(config: RunConfig, console: Console) -> None:

@@ -12,7 +12,8 @@ from .distribute import join
 from .evaluate import evaluate
 from .libraries import quieten_libraries
 from .models import check_length, load_teacher, load_tokenizer, output_names
-from .run import CONFIG, STUDENT, in_words
+from .run import CONFIG, STUDENT
+from .train_log import in_words
 
 
 def score_folder(

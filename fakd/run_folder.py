@@ -11,7 +11,8 @@ from .teacher_cache import hash_weights
 
 CONFIG, LOG, RESULTS, ERRORS = "config.yaml", "log.jsonl", "results.json", "errors.json"
 BASELINE = "baseline.json"
-STUDENT, CHECKPOINTS, TRACKED = "student", "checkpoints", "tracked"
+STUDENT, BEST_STUDENT = "student", "student-best"
+CHECKPOINTS, TRACKED = "checkpoints", "tracked"
 
 # Settings that say how a training is watched and kept, not what it computes.
 _WATCHING = ("log_every", "checkpoint_every", "keep", "trackers")

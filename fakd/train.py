@@ -107,6 +107,9 @@ def train(
     done = 0
     if checkpoints is not None:
         done = checkpoints.restore(accelerator, distiller, optimizer, schedule)
+        if done and console is not None and accelerator.is_main_process:
+            left = f"going on after step {done} of {steps}"
+            console.print(left if done < steps else f"all {steps} steps are done: nothing to train")
     # DDP and FSDP average over the processes, and accelerate over the accumulation it knows of;
     # the parts of one loss must be added up.
     divisor = accelerator.num_processes * accelerator.gradient_accumulation_steps
@@ -148,7 +151,7 @@ def train(
             if checkpoints is not None:
                 state = accelerator, distiller, optimizer, schedule, step
                 if _is_due(step, steps, config.checkpoint_every):
-                    checkpoints.save(*state)
+                    log.add_scores(step, checkpoints.save(*state) or {})
                 elif is_stopped:
                     # Who sends signals waits for seconds; scores may take minutes.
                     checkpoints.save(*state, is_scored=False)

@@ -50,6 +50,15 @@ class Prepared:
         """Whether a greater first metric is better."""
         return is_greater_better(self.metrics[0])
 
+    def rows_hash(self) -> str:
+        """Of the rows that are scored, their tokens and labels, in their order."""
+        found = hashlib.sha256()
+        for name, part in {"test": self.test, **self.more_tests}.items():
+            found.update(name.encode())
+            for batch in part.with_format(None).iter(1000):
+                found.update(repr(batch).encode())
+        return found.hexdigest()[:32]
+
     def describe(self) -> str:
         """What it is, in one sentence."""
         if "label" in self.test.column_names:

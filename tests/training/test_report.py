@@ -1,5 +1,6 @@
 """The judging sentences, the tables, the drawings and the page."""
 
+import dataclasses
 import io
 import re
 from dataclasses import replace
@@ -196,3 +197,18 @@ def test_drawings_are_well_formed():
         assert text in curves
     for text in ("embeddings", "layer 6", "student, 192 wide", "teacher, 384 wide"):
         assert text in layer_map
+
+
+def test_rows_of_other_data_are_not_compared_one_by_one():
+    arms = make((100, 104), (40, 52))
+    assert len(report.verdict(arms)) == 1
+    arms[FEATURES] = [
+        dataclasses.replace(run, results=dataclasses.replace(run.results, rows="others"))
+        for run in arms[FEATURES]
+    ]
+    assert report.verdict(arms) == []
+
+
+def test_correlations_are_no_percentages():
+    assert report._number("pearson", 0.1184) == "0.118"
+    assert report._number("accuracy", 0.1184) == "11.8 %"
