@@ -207,13 +207,13 @@ class Distiller(nn.Module):
         """Run both models on one batch.
 
         Args:
-            labels: for the student alone, in the form that its own loss takes (next tokens are
-                shifted inside, as Hugging Face models do).
+            labels: for the student's own loss, in its form (next tokens are shifted inside, as
+                Hugging Face models do); both decoders behind encoders read them, shifted.
             normalizers: what to divide the sums over this batch by, in place of `counts()` of it.
                 With the counts of several batches, of other processes too, their losses, gradients
                 and logs add up to those of all their rows in one batch.
             **batch: what the tokenizer gave. Each model receives the entries that its forward
-                names. `attention_mask` [B, T] also says which tokens are compared.
+                names. `attention_mask` [B, T], or labels of decoders, say what is compared.
 
         Returns:
             `DistillerOutput`; its logits are None where `LinearKLLoss` does without them.
