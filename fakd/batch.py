@@ -90,9 +90,7 @@ def readable(
                 f"batch must not hold {name}: got one cache, which teacher and student would both "
                 "fill; drop it, and run whole texts."
             )
-    given = ("decoder_input_ids", "decoder_inputs_embeds")
-    is_given = any(batch.get(name) is not None for name in given)
-    if labels is None or is_given or not is_encoder_decoder(student):
+    if labels is None or not is_encoder_decoder(student) or _decoder_inputs(batch) is not None:
         return batch
     if labels.dim() != 2 or student.get_output_embeddings() is None:  # not of tokens
         return batch
@@ -110,6 +108,12 @@ def readable(
     }
 
 
+def _decoder_inputs(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """[B, T] token ids or [B, T, D] embeddings."""
+    ids = batch.get("decoder_input_ids")
+    return batch.get("decoder_inputs_embeds") if ids is None else ids
+
+
 def decoder_mask(batch: Mapping[str, Tensor], labels: Tensor | None) -> Tensor | None:
     """[B, T] bool: the tokens of a decoder behind an encoder that count; None: all.
 
@@ -117,9 +121,7 @@ def decoder_mask(batch: Mapping[str, Tensor], labels: Tensor | None) -> Tensor |
     that read what their encoders read, those of the encoder.
     """
     mask = token_mask(batch.get("decoder_attention_mask"), "decoder_attention_mask")
-    read = batch.get("decoder_input_ids")
-    if read is None:
-        read = batch.get("decoder_inputs_embeds")
+    read = _decoder_inputs(batch)
     if read is None:
         return token_mask(batch.get("attention_mask")) if mask is None else mask
     if labels is not None and labels.shape == read.shape[:2]:

@@ -56,12 +56,12 @@ def examine(console: Console) -> None:
     for heading in ("package", "version", "without it"):
         packages.add_column(heading)
     for name, cost in _PACKAGES.items():
-        version = _version(name)
+        version = version_of(name)
         packages.add_row(name, version or "missing", "" if version else escape(cost))
     console.print(packages)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

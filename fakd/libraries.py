@@ -1,13 +1,14 @@
 """The libraries beneath: their versions, and their chatter."""
 
 import platform
-from importlib import metadata
 
 import datasets
 import torch
 import transformers
 
 import fakd_kernels
+
+from .doctor import version_of
 
 
 def quieten_libraries() -> None:
@@ -17,18 +18,12 @@ def quieten_libraries() -> None:
     transformers.utils.logging.set_verbosity_error()
 
 
-def version() -> str:
-    try:
-        return metadata.version("fakd")
-    except metadata.PackageNotFoundError:
-        return "from a source tree"
-
-
 def environment() -> str:
     """What a figure depends on, in one sentence without its end."""
     usable = [s.name for s in fakd_kernels.engines().values() if s.is_usable]
     return (
-        f"fakd {version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"fakd {version_of('fakd') or 'from a source tree'}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, "
         f"Python {platform.python_version()}, {platform.machine()}, "
         f"{torch.get_num_threads()} threads; usable engines: {', '.join(usable)}"
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import inner_model
-from .batch import argument_names
+from .batch import argument_names, is_encoder_decoder
 
 # What configs call the factor of the logits; "logits_scaling" (Granite) divides.
 _FACTORS = ("logit_scale", "lm_head_multiplier")
@@ -68,7 +68,7 @@ def is_causal_lm(model: nn.Module) -> bool:
     model = inner_model(model)
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         return False
-    if model.config.is_encoder_decoder or model.config.model_type in _UNSHIFTED:
+    if is_encoder_decoder(model) or model.config.model_type in _UNSHIFTED:
         return False
     return any(each.__name__.endswith(_CAUSAL) for each in type(model).__mro__)
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset as TorchDataset
 
-from .batch import accepted_entries, argument_names
+from .batch import run_model
 from .capture import capture_hidden_states
 from .config_file import ConfigError
 from .data import lengths
@@ -268,12 +268,9 @@ def _predict(
     batch.pop("labels", None)
     is_lm = identity.task == "causal_lm"
     model = body_of(teacher) if is_lm else teacher
-    entries = accepted_entries(model, batch, others=(teacher,))
-    if "use_cache" in argument_names(model):
-        entries["use_cache"] = False
     layers = identity.layers
     with capture_hidden_states(teacher, layers) if layers else nullcontext({}) as states:
-        output = model(**entries)
+        output = run_model(model, batch, None, others=(teacher,))
     mask = _token_mask(batch)
     found = {"tokens": mask.sum(1)}
     if not is_lm:

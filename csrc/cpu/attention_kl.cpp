@@ -108,11 +108,14 @@ void attention_kl(const AttentionProblem& problem) {
   run_tasks(count, workers, [&](int64_t place, int64_t worker) {
     TaskRun(problem, tasks[order[place]], scratch[worker]).run();
   });
+  std::vector<const HeadsTask*> firsts;  // of the splits of the same heads
+  for (const HeadsTask& task : tasks) {
+    if (task.split == 0 && task.partial != nullptr) firsts.push_back(&task);
+  }
   // In as many parts as there are threads, of keys: of few heads too.
-  run_tasks(count * workers, workers, [&](int64_t place, int64_t worker) {
-    const HeadsTask& task = tasks[place / workers];
-    if (task.split > 0 || task.partial == nullptr) return;
-    TaskRun(problem, task, scratch[worker]).add_splits(&task, place % workers, workers);
+  run_tasks(int64_t(firsts.size()) * workers, workers, [&](int64_t place, int64_t worker) {
+    const HeadsTask* first = firsts[place / workers];
+    TaskRun(problem, *first, scratch[worker]).add_splits(first, place % workers, workers);
   });
   for (size_t index = 0; index < problem.pairs.size(); ++index) {
     const AttentionPair& pair = problem.pairs[index];

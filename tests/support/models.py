@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -122,6 +122,30 @@ def tiny_lm(
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+class Adapted(nn.Module):
+    """As peft wraps a model: forward names some entries, and hands on all.
+
+    Its base_model has the head, and get_base_model the adapters too.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.base_model, self.config = nn.ModuleDict({"model": model}), model.config
+
+    def get_base_model(self) -> PreTrainedModel:
+        return self.base_model["model"]
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.get_base_model().get_output_embeddings()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.get_base_model().get_input_embeddings()
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        entries = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return self.get_base_model()(**entries, **kwargs)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

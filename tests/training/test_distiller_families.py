@@ -24,23 +24,8 @@ from fakd import AttentionKLLoss, DistillConfig, Distiller, FeatureAlignmentLoss
 from fakd.lm_head import check_lm_head, find_lm_head, is_causal_lm
 from fakd.losses import LinearKLLoss, LogitKLLoss
 from fakd.terms import build_output
-from tests.support.models import tiny_batch, tiny_model
+from tests.support.models import Adapted, tiny_batch, tiny_model
 from tests.training.test_lm_head import causal_lm
-
-
-class Adapted(torch.nn.Module):
-    """As peft wraps a model: forward names some entries, and hands on all."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.base_model, self.config = torch.nn.ModuleDict({"model": model}), model.config
-
-    def get_base_model(self):
-        return self.base_model["model"]
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        entries = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return self.get_base_model()(**entries, **kwargs)
 
 
 def moved(model, seed=5):

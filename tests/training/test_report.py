@@ -1,6 +1,5 @@
 """The judging sentences, the tables, the drawings and the page."""
 
-import dataclasses
 import io
 import re
 from dataclasses import replace
@@ -203,8 +202,7 @@ def test_rows_of_other_data_are_not_compared_one_by_one():
     arms = make((100, 104), (40, 52))
     assert len(report.verdict(arms)) == 1
     arms[FEATURES] = [
-        dataclasses.replace(run, results=dataclasses.replace(run.results, rows="others"))
-        for run in arms[FEATURES]
+        replace(run, results=replace(run.results, rows="others")) for run in arms[FEATURES]
     ]
     assert report.verdict(arms) == []
 
