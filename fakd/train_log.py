@@ -85,7 +85,7 @@ class TrainLog:
             lines = [*_lines_until(step - 1, path), {"step": step, **scores}]
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._accelerator.log({f"held_out/{k}": v for k, v in scores.items()}, step=step)
-        if step < self._steps:
+        if self._is_drawn and step < self._steps:
             self._bar.console.print(f"step {step}: {in_words(scores)}", highlight=False)
 
     def _write(self, step: int, learning_rate: float) -> None:

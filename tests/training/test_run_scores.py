@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import fakd.run as module
+from fakd.distribute import join
+from fakd.train_log import TrainLog
 from tests.support.runs import invoke, make_assets, settings
 
 
@@ -57,3 +59,11 @@ def test_the_best_student_is_a_folder_of_its_own(assets, tmp_path):
     assert best.keys() == load_file(output / "student" / "model.safetensors").keys()
     for name, tensor in best.items():
         assert torch.equal(tensor, kept[f"student.{name}"])
+
+
+def test_without_a_console_scores_are_written_and_not_said(tmp_path, capsys):
+    log = TrainLog(join(), 1, 4, 0, tmp_path / "log.jsonl", None, "quiet")
+    with log:
+        log.add_scores(2, {"accuracy": 0.5})
+    assert json.loads((tmp_path / "scores.jsonl").read_text()) == {"step": 2, "accuracy": 0.5}
+    assert capsys.readouterr().out == ""
